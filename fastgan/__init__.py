@@ -1,0 +1,3 @@
+"""fastgan: every classic GAN family, trained fast."""
+
+__version__ = "0.1.0"
