@@ -1,0 +1,83 @@
+"""Adversarial losses and penalties: one equation each.
+
+Logits are raw discriminator outputs, [N, 1] or a map of patches; every loss is a mean over all of them.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def logistic_d(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean softplus(-real), mean softplus(fake)): the minimax game's discriminator (Goodfellow et al. 2014)."""
+    return F.softplus(-real).mean(), F.softplus(fake).mean()
+
+
+def non_saturating_g(fake: Tensor) -> Tensor:
+    """mean softplus(-fake) = -mean log sigmoid(fake) (Goodfellow et al. 2014, section 3)."""
+    return F.softplus(-fake).mean()
+
+
+def hinge_d(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean relu(1 - real), mean relu(1 + fake)) (Lim and Ye 2017, equation 6)."""
+    return F.relu(1 - real).mean(), F.relu(1 + fake).mean()
+
+
+def hinge_g(fake: Tensor) -> Tensor:
+    """-mean fake (Lim and Ye 2017, equation 7)."""
+    return -fake.mean()
+
+
+class AdversarialLoss(NamedTuple):
+    d: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    g: Callable[[Tensor], Tensor]
+
+
+LOSSES = {
+    "non-saturating": AdversarialLoss(logistic_d, non_saturating_g),
+    "hinge": AdversarialLoss(hinge_d, hinge_g),
+}
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def gradient_square(logits: Tensor, x: Tensor) -> Tensor:
+    """mean_n ||d sum(logits) / d x_n||^2, differentiable: gamma / 2 times this is R1 on reals, R2 on fakes.
+
+    x [N, ...] must require a gradient and have led to the logits (Mescheder et al. 2018, equation 9).
+    """
+    (grad,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+    return _precise(grad).square().flatten(1).sum(dim=1).mean()
+
+
+def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
+    """mean_n (||grad critic(x_n)|| - 1)^2 at x = alpha real + (1 - alpha) fake (Gulrajani et al. 2017, eq. 3).
+
+    real and fake [N, ...]; alpha uniform in [0, 1], broadcastable to them, one number a sample.
+    """
+    x = (alpha * real + (1 - alpha) * fake).detach().requires_grad_()
+    (grad,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+    return (_precise(grad).flatten(1).norm(dim=1) - 1).square().mean()
+
+
+def path_length(
+    images: Tensor, ws: Tensor, noise: Tensor, mean: Tensor, decay: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Path length regularization (Karras et al. 2019, equation 4): (penalty, new running mean, lengths [N]).
+
+    With J = d images / d ws and y ~ N(0, 1) / sqrt(H W): length = sqrt(mean over layers of |J^T y|^2),
+    mean' = mean + decay * (mean of lengths - mean), penalty = mean of (length - mean')^2. The gradient also
+    flows through mean', as in the public implementations. images [N, C, H, W]; ws [N, layers, w_dim]
+    or [N, d]; noise ~ N(0, 1) shaped as images; mean a scalar.
+    """
+    y = noise / (images.shape[2] * images.shape[3]) ** 0.5
+    (grad,) = torch.autograd.grad((images * y).sum(), ws, create_graph=True)
+    squares = _precise(grad).square().sum(dim=-1)
+    lengths = (squares if squares.ndim == 1 else squares.mean(dim=1)).sqrt()
+    mean = mean.lerp(lengths.mean(), decay)
+    return (lengths - mean).square().mean(), mean.detach(), lengths.detach()

@@ -1,0 +1,120 @@
+"""DCGAN (Radford, Metz and Chintala 2015, "Unsupervised Representation Learning with Deep Convolutional
+Generative Adversarial Networks", arXiv:1511.06434).
+
+Layers stand in the order of pytorch/examples' dcgan, so its weights load as they are. The discriminator returns
+logits where that example applies a sigmoid.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def stages(resolution: int) -> tuple[int, int]:
+    """(side of the smallest map, number of doublings): 64 = 4 * 2^4, 28 = 7 * 2^2."""
+    for start in (4, 7):
+        doublings = (resolution // start).bit_length() - 1
+        if doublings >= 1 and start << doublings == resolution:
+            return start, doublings
+    raise ValueError(f"resolution must be 4 or 7 times a power of two, from 8 on: got {resolution}")
+
+
+def _init(module: nn.Module) -> None:
+    """N(0, 0.02) for convolutions, N(1, 0.02) for BatchNorm's scale (section 4)."""
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+        nn.init.zeros_(module.bias)
+
+
+def _check_kernel(kernel: int) -> None:
+    if kernel not in (4, 5):
+        raise ValueError(f"kernel must be 4 or 5: got {kernel}")
+
+
+class Generator(nn.Module):
+    """z [N, nz] -> images [N, channels, R, R] in (-1, 1): transposed convolutions, BatchNorm, ReLU, tanh."""
+
+    uniforms = 0
+
+    def __init__(
+        self,
+        nz: int = 100,
+        ngf: int = 64,
+        channels: int = 3,
+        resolution: int = 64,
+        kernel: int = 4,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        _check_kernel(kernel)
+        start, doublings = stages(resolution)
+        self.z_dim = self.normals = nz
+        self.dtype = dtype
+        widths = [ngf << i for i in range(doublings - 1, -1, -1)]
+        layers: list[nn.Module] = [nn.ConvTranspose2d(nz, widths[0], start, 1, 0, bias=False)]
+        for fan_in, fan_out in zip(widths, [*widths[1:], channels], strict=True):
+            layers += [nn.BatchNorm2d(fan_in), nn.ReLU()]
+            padding, extra = (kernel - 1) // 2, kernel % 2
+            layers.append(nn.ConvTranspose2d(fan_in, fan_out, kernel, 2, padding, extra, bias=False))
+        self.main = nn.Sequential(*layers, nn.Tanh())
+        self.apply(_init)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return _run(self.main, z[:, :, None, None], self.dtype)
+
+    def sample(self, normal: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Training images and the latents behind them: normal [N, nz], uniform [N, 0]."""
+        return self(normal), normal
+
+
+class Discriminator(nn.Module):
+    """Images [N, channels, R, R] -> logits [N, 1]: strided convolutions, BatchNorm, LeakyReLU, dropout."""
+
+    def __init__(
+        self,
+        ndf: int = 64,
+        channels: int = 3,
+        resolution: int = 64,
+        kernel: int = 4,
+        slope: float = 0.2,
+        dropout: float = 0.0,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        _check_kernel(kernel)
+        start, doublings = stages(resolution)
+        self.dtype = dtype
+        widths = [channels] + [ndf << i for i in range(doublings)]
+        layers: list[nn.Module] = []
+        for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+            layers.append(nn.Conv2d(fan_in, fan_out, kernel, 2, (kernel - 1) // 2, bias=False))
+            if i > 0:
+                layers.append(nn.BatchNorm2d(fan_out))
+            layers.append(nn.LeakyReLU(slope))
+            if dropout > 0:
+                layers.append(nn.Dropout(dropout))
+        self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, start, 1, 0, bias=False))
+        self.apply(_init)
+
+    def forward(self, img: Tensor) -> Tensor:
+        return _run(self.main, img, self.dtype).flatten(1)
+
+
+def _run(layers: nn.Sequential, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Convolutions in `dtype`, BatchNorm with fp32 statistics, the last layers (tanh, logits) in x's dtype."""
+    precise = x.dtype
+    last_conv = max(i for i, m in enumerate(layers) if isinstance(m, nn.Conv2d | nn.ConvTranspose2d))
+    x = x.to(dtype or precise)
+    for i, layer in enumerate(layers):
+        if isinstance(layer, nn.ConvTranspose2d):
+            x = nn.functional.conv_transpose2d(
+                x, layer.weight.to(x.dtype), None, layer.stride, layer.padding, layer.output_padding
+            )
+        elif isinstance(layer, nn.Conv2d):
+            x = nn.functional.conv2d(x, layer.weight.to(x.dtype), None, layer.stride, layer.padding)
+        else:
+            x = layer(x)
+        if i == last_conv:
+            x = x.to(precise)
+    return x
