@@ -1,0 +1,20 @@
+"""The `fastgan` command: `fastgan train ...` is `python -m fastgan.train ...`."""
+
+import sys
+
+from fastgan import generate, train
+
+COMMANDS = {"train": train.main, "generate": generate.main}
+
+
+def main() -> int:
+    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
+        return COMMANDS[sys.argv[1]](sys.argv[2:])
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    asked = wanted in ("-h", "--help")
+    print(f"usage: fastgan {{{','.join(COMMANDS)}}} ...", file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

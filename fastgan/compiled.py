@@ -1,0 +1,51 @@
+"""How a phase is compiled.
+
+A phase is traced whole: the inner gradients of R1 and path length are `torch.autograd.grad` calls inside the
+traced function (`trace_autograd_ops`), so one graph holds forward, backward and double backward.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Compiling a phase costs about as much as this many of its eager runs lose against compiled ones (README,
+# "Compile time"). A phase that runs at every step is compiled at once; a rare one runs eagerly until it has run
+# this often. Which runs are compiled is a function of the images seen alone, so that resuming stays exact.
+EAGER_RUNS_OF_A_RARE_PHASE = 1000
+
+
+def compile_phase(phase: Callable[..., Any]) -> Callable[..., Any]:
+    """`phase` as a single graph; an error says what keeps it from being one."""
+    torch._dynamo.config.trace_autograd_ops = True
+    return torch.compile(phase, fullgraph=True, dynamic=False)
+
+
+class Phase:
+    """A phase that runs every so many steps, eagerly or compiled.
+
+    Called with the number of the step and the phase's own arguments. `seconds` is the time that its first
+    compiled call took, None before that; `announce` is told when that call begins.
+    """
+
+    def __init__(
+        self, name: str, function: Callable[..., Any], every: int = 1, compile: bool = False
+    ):
+        self.name, self.function, self.every = name, function, every
+        self.compiled = compile_phase(function) if compile else None
+        self.eager_steps = EAGER_RUNS_OF_A_RARE_PHASE * every if every > 1 else 0
+        self.seconds: float | None = None
+        self.announce: Callable[[str], None] = lambda message: None
+
+    def __call__(self, step: int, *args: Any) -> Any:
+        if self.compiled is None or step < self.eager_steps:
+            return self.function(*args)
+        if self.seconds is not None:
+            return self.compiled(*args)
+        self.announce(f"compiling {self.name}")
+        start = time.perf_counter()
+        result = self.compiled(*args)
+        self.seconds = time.perf_counter() - start
+        self.announce(f"compiled {self.name} in {self.seconds:.0f} s")
+        return result

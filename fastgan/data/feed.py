@@ -1,0 +1,137 @@
+"""Batches without end, drawn by a shuffle that has no state."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache, partial
+
+import numpy as np
+import torch
+
+from fastgan.data.images import ImageSet
+
+Batch = tuple[torch.Tensor, torch.Tensor | None]  # images and labels
+
+
+class Feed:
+    """Batches on `device`, the i-th image ever drawn a function of (seed, i) alone.
+
+    Every image is drawn once in each epoch of len(images) draws; a batch may straddle epochs. With
+    `mirror`, half of the draws are flipped left to right.
+
+    A resident set lies on the device whole. Otherwise the batch after the last one is gathered by a
+    thread while the caller computes, and then copied over. `resident=None` decides: resident if the set
+    takes at most half of the device's free memory. On the CPU a mapped set is never copied, only read.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        device: torch.device,
+        seed: int = 0,
+        mirror: bool = False,
+        resident: bool | None = None,
+    ):
+        self.device = device
+        self.mirror = mirror
+        self.count = len(images)
+        self.epoch = lru_cache(maxsize=2)(partial(shuffled, self.count, seed))
+        self.resident = fits(images.images.nbytes, device) if resident is None else resident
+        # Rows are whole images, [N, H, W, C]: gathering copies them in one piece, and a batch of them is
+        # channels_last already. No copy is made of a set that the loaders laid out.
+        self.rows = images.images.permute(0, 2, 3, 1).contiguous()
+        self.labels = images.labels
+        if self.resident:
+            self.rows = self.rows.to(device)
+            self.labels = None if self.labels is None else self.labels.to(device)
+        self.thread = ThreadPoolExecutor(1, "feed")  # starts with the first task
+        self.ahead: tuple[tuple[int, int], Future[Batch]] | None = None
+
+    def batch(self, start: int, count: int) -> Batch:
+        """Draws start .. start+count-1: uint8 [count, C, H, W] in channels_last, and labels int64 [count]."""
+        if self.rows.device.type != "cpu":
+            rows, labels = self.select(start, count)
+        else:
+            rows, labels = (self.gather if self.resident else self.gathered)(start, count)
+            rows = rows.to(self.device, non_blocking=True)
+            labels = None if labels is None else labels.to(self.device, non_blocking=True)
+        return rows.permute(0, 3, 1, 2), labels
+
+    def close(self) -> None:
+        """Stop the thread. A streaming feed gives no batch after this."""
+        self.thread.shutdown(cancel_futures=True)
+
+    def draws(self, start: int, count: int) -> np.ndarray:
+        """int64 [2, count]: which image each draw takes, and whether it is flipped."""
+        parts = []
+        while count > 0:
+            epoch, offset = divmod(start, self.count)
+            parts.append(self.epoch(epoch)[:, offset : offset + count])
+            start += parts[-1].shape[1]
+            count -= parts[-1].shape[1]
+        return np.concatenate(parts, axis=1)
+
+    def select(self, start: int, count: int) -> Batch:
+        """Rows uint8 [count, H, W, C] and labels of a set on an accelerator, without waiting for it."""
+        draws = self.pin(torch.from_numpy(self.draws(start, count))).to(self.device, non_blocking=True)
+        rows = self.rows.index_select(0, draws[0])
+        if self.mirror:
+            rows = torch.where(draws[1].bool().view(-1, 1, 1, 1), rows.flip(2), rows)
+        return rows, None if self.labels is None else self.labels.index_select(0, draws[0])
+
+    def gather(self, start: int, count: int) -> Batch:
+        """Rows uint8 [count, H, W, C] and labels of a set in host memory, in memory that nobody else holds.
+
+        NumPy, because torch would spread these small copies over its workers, and waking those takes
+        longer than the copies on busy cores; in the thread they would also be a second set of workers.
+        PyTorch hands out pinned memory again only after the copies from it have ended.
+        """
+        which, flips = self.draws(start, count)
+        pinned = self.device.type == "cuda"
+        batch = torch.empty((count, *self.rows.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
+        rows = batch.numpy()
+        # mode "clip": with "raise", NumPy copies twice. Draws are in range.
+        np.take(self.rows.numpy(), which, axis=0, out=rows, mode="clip")
+        if self.mirror:
+            flipped = np.flatnonzero(flips)
+            rows[flipped] = np.take(rows[flipped], np.arange(rows.shape[2])[::-1], axis=2)
+        labels = None if self.labels is None else self.pin(torch.from_numpy(self.labels.numpy()[which]))
+        return batch, labels
+
+    def gathered(self, start: int, count: int) -> Batch:
+        """What `gather` returns, from the thread if it foresaw this request; then sets it to the next."""
+        wanted, future = self.ahead or (None, None)
+        following = (start + count, count)
+        if future is not None and wanted == (start, count):
+            batch = future.result()
+        else:
+            if future is not None:
+                future.cancel()
+            batch = self.gather(start, count)
+        self.ahead = following, self.thread.submit(self.gather, *following)
+        return batch
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor in pinned memory if the device is a GPU: from other memory a copy to it would wait."""
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """int64 [2, count]: a permutation of the images for one epoch, and a random bit for each draw.
+
+    A sort of Philox's raw words, whose values NumPy has promised to keep, unlike those of
+    `Generator.permutation`. The lowest bit of a word has no say in the order, so it decides the flip.
+    """
+    words = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(epoch,))).random_raw(count)
+    order = np.argsort(words)
+    return np.stack([order, (words[order] & 1).astype(np.int64)])
+
+
+def fits(size: int, device: torch.device) -> bool:
+    """Whether `size` bytes take at most half of the memory that is free on the device."""
+    if device.type == "cuda":
+        return 2 * size <= torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":") for line in file)
+    except OSError:  # not Linux; the system pages what does not fit
+        return True
+    return 2 * size <= 1024 * int(lines["MemAvailable"].split()[0])

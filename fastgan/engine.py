@@ -1,0 +1,156 @@
+"""Networks, optimizers and one training step.
+
+All state is tensors plus the count of images seen; every random number of a step derives from (seed, images
+seen), so that a run stopped after any step and resumed is the run that was never stopped, bit for bit.
+"""
+
+import copy
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgan.compiled import Phase
+from fastgan.config import Config, build_networks
+from fastgan.step import PhaseResult, d_phase, g_path_phase, g_phase
+
+
+class Engine:
+    """A run's networks in training: `step` draws, differentiates and updates; `state` is all of it, as tensors."""
+
+    def __init__(self, config: Config, device: torch.device):
+        self.config, self.device = config, device
+        self.images = 0
+        torch.manual_seed(_seed(config.seed, "init"))
+        G, D = build_networks(config)
+        self.G = G.to(device, memory_format=torch.channels_last)
+        self.D = D.to(device, memory_format=torch.channels_last)
+        self.ema = copy.deepcopy(self.G).eval().requires_grad_(False)
+        self.g_optimizer = _adam(self.G, config.g_lr, config)
+        self.d_optimizer = _adam(self.D, config.d_lr, config)
+        self.pl_mean = torch.zeros([], device=device)
+        self.losses: dict[str, Tensor] = {}  # since the last tick: name -> [sum, count]
+
+        c = config
+        phase = partial(Phase, compile=c.compile)
+        self.d = phase("D", partial(d_phase, loss=c.loss))
+        self.d_r1 = phase(
+            "D with R1", partial(d_phase, loss=c.loss, r1_weight=c.r1 / 2 * c.r1_every), every=c.r1_every
+        )
+        self.g = phase("G", partial(g_phase, loss=c.loss))
+        self.g_path = phase(
+            "G with path length",
+            partial(g_path_phase, loss=c.loss, pl_weight=c.pl * c.pl_every, pl_decay=c.pl_decay),
+            every=c.pl_every,
+        )
+
+    def step(self, real: Tensor) -> None:
+        """One update of D, one of G, one of the moving average: real uint8 [batch, C, R, R]."""
+        c, G, D = self.config, self.G, self.D
+        step = self.images // c.batch
+        torch.manual_seed(_seed(c.seed, "step", self.images))
+
+        d = self.d_r1 if c.r1 > 0 and step % c.r1_every == 0 else self.d
+        self._update(D, self.d_optimizer, d(step, G, D, real, *self._latents(c.batch)))
+
+        latents = self._latents(c.batch)
+        if c.pl > 0 and step % c.pl_every == 0:
+            count = c.batch // c.pl_batch_shrink
+            noise = torch.randn(count, *real.shape[1:], device=self.device)
+            result, self.pl_mean = self.g_path(
+                step, G, D, *latents, *self._latents(count), noise, self.pl_mean
+            )
+        else:
+            result = self.g(step, G, D, *latents)
+        self._update(G, self.g_optimizer, result)
+
+        self.images += c.batch
+        self._average()
+
+    def _latents(self, count: int) -> tuple[Tensor, Tensor]:
+        return (
+            torch.randn(count, self.G.normals, device=self.device),
+            torch.rand(count, self.G.uniforms, device=self.device),
+        )
+
+    def _update(self, net: torch.nn.Module, optimizer: torch.optim.Optimizer, result: PhaseResult) -> None:
+        for parameter, grad in zip(net.parameters(), result.grads, strict=True):
+            parameter.grad = grad
+        optimizer.step()
+        for name, value in result.losses.items():
+            if name not in self.losses:
+                self.losses[name] = torch.zeros(2, device=self.device, dtype=torch.float64)
+            self.losses[name] += torch.stack([value, torch.ones_like(value)])
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """EMA of the generator: half-life ema_kimg, at most ema_rampup of the images seen (Karras 2020)."""
+        half_life = self.config.ema_kimg * 1000
+        if self.config.ema_rampup > 0:
+            half_life = min(half_life, self.images * self.config.ema_rampup)
+        keep = 0.5 ** (self.config.batch / max(half_life, 1e-8))
+        mine, theirs = _state(self.ema), _state(self.G)
+        floating = [k for k in mine if mine[k].is_floating_point()]
+        torch._foreach_lerp_([mine[k] for k in floating], [theirs[k] for k in floating], 1 - keep)
+        for name in mine.keys() - set(floating):  # BatchNorm's counters
+            mine[name].copy_(theirs[name])
+
+    def take_losses(self) -> dict[str, float]:
+        """Means since the last call."""
+        means = {name: (pair[0] / pair[1]).item() for name, pair in self.losses.items()}
+        self.losses.clear()
+        return means
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything but `images`, by name; the tensors are the engine's own."""
+        state = {"pl_mean": self.pl_mean}
+        for prefix, net in (("G", self.G), ("D", self.D), ("ema", self.ema)):
+            state |= {f"{prefix}.{name}": tensor for name, tensor in _state(net).items()}
+        for prefix, net, optimizer in (
+            ("g_optimizer", self.G, self.g_optimizer),
+            ("d_optimizer", self.D, self.d_optimizer),
+        ):
+            for name, parameter in net.named_parameters():
+                for key, value in optimizer.state[parameter].items():
+                    state[f"{prefix}.{name}.{key}"] = value
+        return state | {f"losses.{name}": pair for name, pair in self.losses.items()}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor], images: int) -> None:
+        """Take over `state` as saved after `images` images. KeyError for a tensor that is missing."""
+        self.images = images
+        self.pl_mean = state["pl_mean"].to(self.device)
+        for prefix, net in (("G", self.G), ("D", self.D), ("ema", self.ema)):
+            for name, tensor in _state(net).items():
+                tensor.copy_(state[f"{prefix}.{name}"])
+        for prefix, net, optimizer in (
+            ("g_optimizer", self.G, self.g_optimizer),
+            ("d_optimizer", self.D, self.d_optimizer),
+        ):
+            for name, parameter in net.named_parameters():
+                moments = {
+                    key: torch.zeros_like(parameter).copy_(state[f"{prefix}.{name}.{key}"])
+                    for key in ("exp_avg", "exp_avg_sq")
+                }
+                step = state[f"{prefix}.{name}.step"].to(self.device)
+                optimizer.state[parameter] = {"step": step, **moments}
+        self.losses = {
+            name.removeprefix("losses."): tensor.to(self.device)
+            for name, tensor in state.items()
+            if name.startswith("losses.")
+        }
+
+
+def _state(net: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in net.state_dict().items()}
+
+
+def _adam(net: torch.nn.Module, lr: float, config: Config) -> torch.optim.Adam:
+    return torch.optim.Adam(net.parameters(), lr=lr, betas=(config.beta1, config.beta2), fused=True)
+
+
+def _seed(seed: int, *what: str | int) -> int:
+    """A 63-bit seed of its own for every (seed, what)."""
+    words = [int.from_bytes(w.encode(), "little") if isinstance(w, str) else w for w in what]
+    return int(np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,30 @@
+"""Image tensors to uint8 arrays, files and grids."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """-1..1 [N, C, H, W] -> uint8 [N, H, W, C], rounded and clipped."""
+    scaled = (images.detach().float() * 127.5 + 127.5).round().clamp(0, 255)
+    return scaled.permute(0, 2, 3, 1).byte().cpu().numpy()
+
+
+def save_image(path: Path, image: np.ndarray) -> None:
+    """uint8 [H, W, 1 or 3] to a PNG."""
+    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(path)
+
+
+def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """uint8 [N, H, W, C] -> one image of `columns` (about as many as rows), missing ones black."""
+    count, height, width, channels = images.shape
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    rows = -(-count // columns)
+    padded = np.zeros((rows * columns, height, width, channels), np.uint8)
+    padded[:count] = images
+    tiles = padded.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
+    return tiles.reshape(rows * height, columns * width, channels)

@@ -1,0 +1,220 @@
+"""python -m fastgan.train: flags to a configuration, then the loop."""
+
+import argparse
+import dataclasses
+import resource
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fastgan.checkpoint import load_checkpoint, save_checkpoint
+from fastgan.config import PRESETS, Config, UsageError, applies, flag, make_config, resolve_device
+from fastgan.data import Feed, load_images
+from fastgan.engine import Engine
+from fastgan.images import grid, save_image, to_uint8
+from fastgan.run_folder import RunFolder, new_run_dir, save_generator
+
+GRID = 64  # images of a sample grid
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="fastgan train",
+        description="Train a GAN. Rerun the same command with the same --run-dir to resume it.",
+        argument_default=argparse.SUPPRESS,
+    )
+    p.add_argument("--arch", required=True, metavar="ARCH", help=f"what to train: {', '.join(PRESETS)}")
+    p.add_argument("--run-dir", type=Path, help="folder of the run (default: a new one under runs/)")
+    for field in dataclasses.fields(Config):
+        if field.name == "arch":
+            continue
+        values = {arch: preset.get(field.name, field.default) for arch, preset in PRESETS.items()}
+        shown = {str(v) for arch, v in values.items() if applies(field, arch)}
+        default = shown.pop() if len(shown) == 1 else "by --arch"
+        options: dict[str, Any] = {"help": f"{field.metadata['help']} (default: {default})"}
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = field.type
+            options["metavar"] = field.name.upper() if not field.metadata["choices"] else None
+            options["choices"] = field.metadata["choices"]
+        p.add_argument(flag(field.name), **options)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = vars(parser().parse_args(argv))
+    try:
+        run_dir = given.pop("run_dir", None)
+        config, device = resolve_device(make_config(**given))
+        return train(config, device, run_dir or new_run_dir(config))
+    except UsageError as error:
+        print(f"fastgan: {error}", file=sys.stderr)
+        return 2
+
+
+class StopRequest:
+    """SIGINT or SIGTERM ask for a stop after the current step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self.restore()
+        print(f"\n{signal.Signals(number).name}: finishing the step, then saving", file=sys.stderr)
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Progress:
+    """A tqdm bar on a terminal, a plain line a tick elsewhere."""
+
+    def __init__(self, total: int, start: int):
+        self.bar = tqdm(total=total, initial=start, unit="img", unit_scale=True, disable=None, smoothing=0.1)
+
+    def say(self, message: str) -> None:
+        if self.bar.disable:
+            print(message, flush=True)
+        else:
+            self.bar.write(message)
+
+    def advance(self, images: int) -> None:
+        self.bar.update(images)
+
+    def tick(self, line: dict[str, Any], left: float, losses: dict[str, float]) -> None:
+        figures = {"img/s": f"{line['images_per_second']:.0f}"}
+        figures |= {k.replace("loss_", ""): f"{v:.3g}" for k, v in losses.items() if not k.endswith("score")}
+        if self.bar.disable:
+            shown = "  ".join(f"{k} {v}" for k, v in figures.items())
+            print(f"{line['images'] / 1000:8.1f} kimg  {shown}  {duration(left)} left", flush=True)
+        else:
+            self.bar.set_postfix(figures)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
+def peak_memory_mib(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+def train(config: Config, device: torch.device, run_dir: Path) -> int:
+    """Run or resume `config` in `run_dir`; returns the exit code."""
+    images = load_images(config.data, config.resolution, config.channels, config.crop, config.skip_bad)
+    folder = RunFolder(run_dir, config)
+    feed = Feed(images, device, config.seed, config.mirror)
+    stop = StopRequest()
+    progress = None
+    try:
+        engine = Engine(config, device)
+        checkpoint = load_checkpoint(run_dir / "checkpoints")
+        if checkpoint:
+            engine.load_state(*checkpoint)
+        folder.rewind_log(engine.images)
+        progress = Progress(config.images, min(engine.images, config.images))
+        for phase in (engine.d, engine.d_r1, engine.g, engine.g_path):
+            phase.announce = progress.say
+        skipped = f", {len(images.skipped)} files left out" if images.skipped else ""
+        progress.say(f"{config.arch} on {len(images)} images of {config.data}{skipped}: {run_dir}")
+        if engine.images:
+            progress.say(f"resuming at {engine.images / 1000:.1f} kimg")
+        count = min(GRID, len(images))
+        save_image(run_dir / "reals.png", grid(to_uint8(feed.batch(0, count)[0] / 127.5 - 1)))
+        return _loop(config, engine, feed, folder, stop, progress)
+    finally:
+        stop.restore()
+        if progress:
+            progress.close()
+        feed.close()
+        folder.close()
+
+
+def _loop(
+    config: Config, engine: Engine, feed: Feed, folder: RunFolder, stop: StopRequest, progress: Progress
+) -> int:
+    phases = (engine.d, engine.d_r1, engine.g, engine.g_path)
+    latents = torch.randn(GRID, config.z_dim, generator=torch.Generator().manual_seed(config.seed))
+    first, began = engine.images, time.perf_counter()
+    tick_first, tick_began, tick_compiling = first, began, 0.0
+
+    def compiling() -> float:
+        return sum(p.seconds or 0.0 for p in phases)
+
+    def save() -> None:
+        state = engine.state()
+        save_checkpoint(folder.path / "checkpoints", state, engine.images, config.keep)
+        save_generator(folder.path / "generator.safetensors", state, config, engine.images)
+
+    while engine.images < config.images and stop.signal is None:
+        engine.step(feed.batch(engine.images, config.batch)[0])
+        progress.advance(config.batch)
+        done = engine.images >= config.images
+        if done or crossed(engine.images, config.batch, config.tick_kimg):
+            losses = engine.take_losses()  # waits for the device, so the clock is read after it
+            now = time.perf_counter()
+            training = now - tick_began - (compiling() - tick_compiling)
+            rate = (engine.images - tick_first) / max(training, 1e-9)
+            line = {
+                "images": engine.images,
+                "seconds": round(now - began, 3),
+                "images_per_second": round(rate, 2),
+                **losses,
+                "memory_mib": peak_memory_mib(engine.device),
+            }
+            folder.log(line)
+            progress.tick(line, (config.images - engine.images) / rate, losses)
+            name = f"{engine.images:09d}.png"
+            save_image(folder.path / "samples" / name, sample_grid(engine, latents))
+            tick_first, tick_began, tick_compiling = engine.images, time.perf_counter(), compiling()
+        if done or crossed(engine.images, config.batch, config.checkpoint_kimg):
+            save()
+            folder.plot()
+
+    if stop.signal is not None and engine.images < config.images:
+        save()
+        progress.say(f"stopped at {engine.images / 1000:.1f} kimg; the same command with --run-dir {folder.path} resumes")
+        return 128 + stop.signal
+    seconds = time.perf_counter() - began
+    trained, training = engine.images - first, seconds - compiling()
+    progress.close()
+    if trained:
+        print(
+            f"trained {trained / 1000:.1f} kimg in {duration(seconds)}, of which {duration(compiling())} compiling: "
+            f"{trained / training:.0f} images/s, {1000 * training / trained:.2f} s/kimg"
+        )
+    print(f"pictures: {folder.path / 'samples'}")
+    print(f"more:     python -m fastgan.generate --run {folder.path} --count 100 --out pictures")
+    return 0
+
+
+def crossed(images: int, batch: int, kimg: float) -> bool:
+    """Whether the last batch took `images` over a multiple of `kimg` thousand."""
+    every = kimg * 1000
+    return images // every > (images - batch) // every
+
+
+@torch.no_grad()
+def sample_grid(engine: Engine, latents: torch.Tensor) -> "Any":
+    return grid(to_uint8(engine.ema(latents.to(engine.device))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
