@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastgan.losses import LOSSES
-from fastgan.models import dcgan, stylegan
+from fastgan.models import Discriminator, Generator, dcgan, stylegan
 
 
 class UsageError(Exception):
@@ -18,7 +17,7 @@ class UsageError(Exception):
 
 
 def _option(default: Any, help: str, archs: tuple[str, ...] = (), mutable: bool = False, choices=None) -> Any:
-    """A field with its flag's help; `archs` it belongs to (all if empty); whether a resumed run may change it."""
+    """A field and its flag's help; the `archs` it belongs to (empty: all); may a resumed run change it."""
     metadata = {"help": help, "archs": archs, "mutable": mutable, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -41,7 +40,9 @@ class Config:
     kimg: float = _option(100.0, "length of the run in thousands of images", mutable=True)
     seed: int = _option(0, "seed of every random number")
     device: str = _option("auto", "auto (CUDA if there is one), cpu, cuda or cuda:N")
-    precision: str = _option("auto", "of convolutions; auto: bf16 where native", choices=("auto", "fp32", "bf16"))
+    precision: str = _option(
+        "auto", "of convolutions; auto: bf16 where native", choices=("auto", "fp32", "bf16")
+    )
     compile: bool = _option(False, "compile each phase into one graph")
 
     loss: str = _option("non-saturating", "adversarial loss", choices=tuple(LOSSES))
@@ -61,7 +62,9 @@ class Config:
     z_dim: int = _option(512, "dimensions of the latent z")
     w_dim: int = _option(512, "dimensions of the latent w", _STYLEGAN)
     mapping_layers: int = _option(8, "layers of the mapping network", _STYLEGAN)
-    channel_base: int = _option(32768, "channels at resolution r: min(channel base / r, channel max)", _STYLEGAN)
+    channel_base: int = _option(
+        32768, "channels at resolution r: min(channel base / r, channel max)", _STYLEGAN
+    )
     channel_max: int = _option(512, "most channels of a layer", _STYLEGAN)
     style_mixing: float = _option(0.9, "probability of mixing two styles in a sample", _STYLEGAN)
     mbstd_group: int = _option(4, "group size of the minibatch standard deviation", _STYLEGAN)
@@ -115,7 +118,7 @@ class Config:
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.precision]
 
 
-# The recipes: those of the papers where nothing says otherwise, sized for the embedded digits on two CPU cores.
+# The recipes, sized for the embedded digits on two CPU cores.
 PRESETS: dict[str, dict[str, Any]] = {
     "stylegan": {
         "z_dim": 64,
@@ -160,7 +163,8 @@ def make_config(arch: str, **given: Any) -> Config:
     for name in given:
         if not applies(fields[name], arch):
             raise UsageError(
-                f"{flag(name)} does not apply to --arch {arch}, only to {', '.join(fields[name].metadata['archs'])}"
+                f"{flag(name)} does not apply to --arch {arch}, only to "
+                + ", ".join(fields[name].metadata["archs"])
             )
     return Config(arch=arch, **PRESETS[arch] | given)
 
@@ -171,7 +175,7 @@ def changed_fields(old: dict[str, Any], new: Config) -> list[str]:
     return [name for name in own if old.get(name) != getattr(new, name)]
 
 
-def build_generator(config: Config) -> nn.Module:
+def build_generator(config: Config) -> Generator:
     c = config
     dtype = None if c.precision == "auto" else c.dtype
     if c.arch == "stylegan":
@@ -190,12 +194,12 @@ def build_generator(config: Config) -> nn.Module:
     return dcgan.Generator(c.z_dim, c.ngf, c.channels, c.resolution, c.kernel, dtype)
 
 
-def build_networks(config: Config) -> tuple[nn.Module, nn.Module]:
+def build_networks(config: Config) -> tuple[Generator, Discriminator]:
     """(G, D), freshly initialised from torch's global random state."""
     c, G = config, build_generator(config)
     dtype = None if c.precision == "auto" else c.dtype
     if c.arch == "stylegan":
-        D: nn.Module = stylegan.Discriminator(
+        D: Discriminator = stylegan.Discriminator(
             0,
             c.resolution,
             c.channels,
@@ -220,10 +224,12 @@ def resolve_device(config: Config) -> tuple[Config, torch.device]:
         raise UsageError(f"--device must be auto, cpu, cuda or cuda:N: got {name}") from None
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device must be auto, cpu, cuda or cuda:N: got {name}")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
         raise UsageError(
-            f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here; use --device cpu, or a torch "
-            "built for CUDA on a machine with a driver"
+            f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here; "
+            "use --device cpu, or a torch built for CUDA on a machine with a driver"
         )
     precision = config.precision
     if precision == "auto":

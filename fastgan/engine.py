@@ -17,15 +17,15 @@ from fastgan.step import PhaseResult, d_phase, g_path_phase, g_phase
 
 
 class Engine:
-    """A run's networks in training: `step` draws, differentiates and updates; `state` is all of it, as tensors."""
+    """A run's networks in training: `step` updates them, `state` is all of them, as tensors."""
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
         self.images = 0
         torch.manual_seed(_seed(config.seed, "init"))
-        G, D = build_networks(config)
-        self.G = G.to(device, memory_format=torch.channels_last)
-        self.D = D.to(device, memory_format=torch.channels_last)
+        self.G, self.D = build_networks(config)
+        place(self.G, device)
+        place(self.D, device)
         self.ema = copy.deepcopy(self.G).eval().requires_grad_(False)
         self.g_optimizer = _adam(self.G, config.g_lr, config)
         self.d_optimizer = _adam(self.D, config.d_lr, config)
@@ -33,7 +33,7 @@ class Engine:
         self.losses: dict[str, Tensor] = {}  # since the last tick: name -> [sum, count]
 
         c = config
-        phase = partial(Phase, compile=c.compile)
+        phase = partial(Phase, device=device, compile=c.compile)
         self.d = phase("D", partial(d_phase, loss=c.loss))
         self.d_r1 = phase(
             "D with R1", partial(d_phase, loss=c.loss, r1_weight=c.r1 / 2 * c.r1_every), every=c.r1_every
@@ -92,7 +92,9 @@ class Engine:
         keep = 0.5 ** (self.config.batch / max(half_life, 1e-8))
         mine, theirs = _state(self.ema), _state(self.G)
         floating = [k for k in mine if mine[k].is_floating_point()]
-        torch._foreach_lerp_([mine[k] for k in floating], [theirs[k] for k in floating], 1 - keep)
+        torch.ops.aten._foreach_lerp_.Scalar(
+            [mine[k] for k in floating], [theirs[k] for k in floating], 1 - keep
+        )
         for name in mine.keys() - set(floating):  # BatchNorm's counters
             mine[name].copy_(theirs[name])
 
@@ -140,6 +142,12 @@ class Engine:
             for name, tensor in state.items()
             if name.startswith("losses.")
         }
+
+
+def place(net: torch.nn.Module, device: torch.device) -> None:
+    """Move `net` to `device`, its weights channels_last."""
+    net.to(device)
+    net.to(memory_format=torch.channels_last)
 
 
 def _state(net: torch.nn.Module) -> dict[str, Tensor]:

@@ -1,21 +1,24 @@
 """python -m fastgan.generate: pictures from a trained generator."""
 
-import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastgan import cli
 from fastgan.config import Config, UsageError, build_generator, resolve_device
+from fastgan.engine import place
 from fastgan.images import grid, save_image, to_uint8
+from fastgan.models import Generator
 from fastgan.run_folder import load_generator
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="fastgan generate", description="Generate pictures. Same seed, same pictures.")
+def parser() -> cli.Parser:
+    p = cli.Parser(prog="fastgan generate", description="Generate pictures. Same seed, same pictures.")
     p.add_argument("--run", type=Path, required=True, help="folder of a run, or a generator.safetensors")
     p.add_argument("--count", type=int, default=64, help="number of images (default: 64)")
     p.add_argument("--out", type=Path, required=True, help="folder to write to")
@@ -47,9 +50,9 @@ def latents(seed: int, count: int, z_dim: int, bound: float | None = None) -> Te
 
 @torch.inference_mode()
 def generate(
-    G: nn.Module, config: Config, count: int, seed: int = 0, truncation: float = 1.0, batch: int = 64
+    G: Generator, config: Config, count: int, seed: int = 0, truncation: float = 1.0, batch: int = 64
 ) -> np.ndarray:
-    """uint8 [count, R, R, C]. StyleGAN truncates w towards its mean, other families redraw z beyond the bound."""
+    """uint8 [count, R, R, C]. StyleGAN truncates w towards its mean, other families redraw z."""
     device = next(G.parameters()).device
     in_w = config.arch == "stylegan"
     z = latents(seed, count, config.z_dim, None if in_w or truncation == 1 else truncation)
@@ -59,32 +62,34 @@ def generate(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(_main, argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     args = parser().parse_args(argv)
+    if args.count < 1 or args.batch < 1:
+        raise UsageError(f"--count and --batch must be at least 1: got {args.count} and {args.batch}")
+    if not 0 < args.truncation <= 1:
+        raise UsageError(f"--truncation must lie above 0 and be at most 1: got {args.truncation}")
+    if args.seed < 0:
+        raise UsageError(f"--seed must be at least 0: got {args.seed}")
+    weights, config = load_generator(args.run)
+    _, device = resolve_device(dataclasses.replace(config, device=args.device))
+    G = build_generator(config)
     try:
-        if args.count < 1 or args.batch < 1:
-            raise UsageError(f"--count and --batch must be at least 1: got {args.count} and {args.batch}")
-        if not 0 < args.truncation <= 1:
-            raise UsageError(f"--truncation must lie above 0 and be at most 1: got {args.truncation}")
-        if args.seed < 0:
-            raise UsageError(f"--seed must be at least 0: got {args.seed}")
-        weights, config = load_generator(args.run)
-        _, device = resolve_device(Config(**{**vars(config), "device": args.device}))
-        G = build_generator(config)
-        try:
-            G.load_state_dict(weights)
-        except RuntimeError as error:
-            raise UsageError(f"{args.run} does not fit its own config: {str(error).splitlines()[-1].strip()}") from None
-        G = G.eval().to(device, memory_format=torch.channels_last)
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--out {args.out} cannot be written: {error.strerror}") from None
-        images = generate(G, config, args.count, args.seed, args.truncation, args.batch)
-        print(_write(images, args.out, args.format, args.seed))
-        return 0
-    except UsageError as error:
-        print(f"fastgan: {error}", file=sys.stderr)
-        return 2
+        G.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UsageError(
+            f"{args.run} does not fit its own config: {str(error).splitlines()[-1].strip()}"
+        ) from None
+    place(G.eval(), device)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {args.out} cannot be written: {error.strerror}") from None
+    images = generate(G, config, args.count, args.seed, args.truncation, args.batch)
+    print(_write(images, args.out, args.format, args.seed))
+    return 0
 
 
 def _write(images: np.ndarray, out: Path, form: str, seed: int) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def logistic_d(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean softplus(-real), mean softplus(fake)): the minimax game's discriminator (Goodfellow et al. 2014)."""
+    """(mean softplus(-real), mean softplus(fake)): the minimax game's D (Goodfellow et al. 2014)."""
     return F.softplus(-real).mean(), F.softplus(fake).mean()
 
 
@@ -56,7 +56,7 @@ def gradient_square(logits: Tensor, x: Tensor) -> Tensor:
 
 
 def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
-    """mean_n (||grad critic(x_n)|| - 1)^2 at x = alpha real + (1 - alpha) fake (Gulrajani et al. 2017, eq. 3).
+    """mean_n (||grad critic(x_n)|| - 1)^2 at x = alpha real + (1 - alpha) fake (Gulrajani et al. 2017).
 
     real and fake [N, ...]; alpha uniform in [0, 1], broadcastable to them, one number a sample.
     """

@@ -1,11 +1,11 @@
 """The folder of a run: its config, lock, log, pictures and networks.
 
-    config.json            every field of the configuration
-    metrics.jsonl          a line a tick
-    samples/  reals.png    grids of fixed latents, a grid of the data
-    losses.png             the losses over the images seen
-    checkpoints/           what resuming needs
-    generator.safetensors  EMA weights with the config in the header: what generating needs
+config.json            every field of the configuration
+metrics.jsonl          a line a tick
+samples/  reals.png    grids of fixed latents, a grid of the data
+losses.png             the losses over the images seen
+checkpoints/           what resuming needs
+generator.safetensors  EMA weights with the config in the header: what generating needs
 """
 
 import dataclasses
@@ -62,7 +62,8 @@ class RunFolder:
             strangers = [p.name for p in self.path.iterdir() if p.name != ".lock"]
             if strangers:
                 raise UsageError(
-                    f"--run-dir {self.path} holds {strangers[0]} but no config.json: not a run; choose another folder"
+                    f"--run-dir {self.path} holds {strangers[0]} but no config.json: not a run; "
+                    "choose another folder"
                 )
             return
         try:
@@ -73,7 +74,8 @@ class RunFolder:
         if changed:
             what = ", ".join(f"{flag(k)} {old.get(k)} -> {getattr(config, k)}" for k in changed)
             raise UsageError(
-                f"--run-dir {self.path} holds a run with another config: {what}; use its options or another folder"
+                f"--run-dir {self.path} holds a run with another config: {what}; "
+                "use its options or another folder"
             )
 
     def close(self) -> None:
@@ -126,7 +128,9 @@ def load_generator(path: Path) -> tuple[dict[str, Tensor], Config]:
     """(weights, config) of a generator.safetensors, or of the run folder that holds one."""
     file = path / "generator.safetensors" if path.is_dir() else path
     if not file.exists():
-        raise UsageError(f"{file} does not exist; --run takes the folder of a run that has saved its generator")
+        raise UsageError(
+            f"{file} does not exist; --run takes the folder of a run that has saved its generator"
+        )
     try:
         tensors, metadata = load_tensors(file)
         return tensors, Config(**metadata["config"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan.losses import LOSSES, gradient_square, path_length
+from fastgan.models import Discriminator, Generator
 
 
 class PhaseResult(NamedTuple):
@@ -25,15 +26,15 @@ def to_unit_range(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def d_phase(
-    G: nn.Module,
-    D: nn.Module,
+    G: Generator,
+    D: Discriminator,
     real: Tensor,
     normal: Tensor,
     uniform: Tensor,
     loss: str = "non-saturating",
     r1_weight: float = 0.0,
 ) -> PhaseResult:
-    """Gradients for D of its adversarial loss, plus r1_weight * mean ||d D(real) / d real||^2 if that is above 0.
+    """Gradients for D of its adversarial loss, plus r1_weight * mean ||d D(real) / d real||^2 if above 0.
 
     real uint8 (or floating in -1..1) [N, C, R, R]; normal [N, G.normals], uniform [N, G.uniforms].
     """
@@ -57,7 +58,7 @@ def d_phase(
 
 
 def g_phase(
-    G: nn.Module, D: nn.Module, normal: Tensor, uniform: Tensor, loss: str = "non-saturating"
+    G: Generator, D: Discriminator, normal: Tensor, uniform: Tensor, loss: str = "non-saturating"
 ) -> PhaseResult:
     """Gradients for G of its adversarial loss: normal [N, G.normals], uniform [N, G.uniforms]."""
     fake, _ = G.sample(normal, uniform)
@@ -66,8 +67,8 @@ def g_phase(
 
 
 def g_path_phase(
-    G: nn.Module,
-    D: nn.Module,
+    G: Generator,
+    D: Discriminator,
     normal: Tensor,
     uniform: Tensor,
     pl_normal: Tensor,
@@ -84,6 +85,7 @@ def g_path_phase(
     """
     fake, _ = G.sample(normal, uniform)
     losses = {"loss_g": LOSSES[loss].g(D(fake))}
+    pl_normal = pl_normal.detach().requires_grad_()  # where a family's ws are its z
     images, ws = G.sample(pl_normal, pl_uniform)
     penalty, pl_mean, _ = path_length(images, ws, pl_noise, pl_mean, pl_decay)
     losses["path_length"] = penalty

@@ -11,11 +11,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+from fastgan import cli
 from fastgan.checkpoint import load_checkpoint, save_checkpoint
-from fastgan.config import PRESETS, Config, UsageError, applies, flag, make_config, resolve_device
+from fastgan.config import PRESETS, Config, applies, flag, make_config, resolve_device
 from fastgan.data import Feed, load_images
 from fastgan.engine import Engine
 from fastgan.images import grid, save_image, to_uint8
@@ -24,8 +26,8 @@ from fastgan.run_folder import RunFolder, new_run_dir, save_generator
 GRID = 64  # images of a sample grid
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+def parser() -> cli.Parser:
+    p = cli.Parser(
         prog="fastgan train",
         description="Train a GAN. Rerun the same command with the same --run-dir to resume it.",
         argument_default=argparse.SUPPRESS,
@@ -50,14 +52,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(_main, argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     given = vars(parser().parse_args(argv))
-    try:
-        run_dir = given.pop("run_dir", None)
-        config, device = resolve_device(make_config(**given))
-        return train(config, device, run_dir or new_run_dir(config))
-    except UsageError as error:
-        print(f"fastgan: {error}", file=sys.stderr)
-        return 2
+    run_dir = given.pop("run_dir", None)
+    config, device = resolve_device(make_config(**given))
+    return train(config, device, run_dir or new_run_dir(config))
 
 
 class StopRequest:
@@ -190,14 +192,18 @@ def _loop(
 
     if stop.signal is not None and engine.images < config.images:
         save()
-        progress.say(f"stopped at {engine.images / 1000:.1f} kimg; the same command with --run-dir {folder.path} resumes")
+        progress.say(
+            f"stopped at {engine.images / 1000:.1f} kimg; "
+            f"the same command with --run-dir {folder.path} resumes"
+        )
         return 128 + stop.signal
     seconds = time.perf_counter() - began
     trained, training = engine.images - first, seconds - compiling()
     progress.close()
     if trained:
         print(
-            f"trained {trained / 1000:.1f} kimg in {duration(seconds)}, of which {duration(compiling())} compiling: "
+            f"trained {trained / 1000:.1f} kimg in {duration(seconds)}, "
+            f"of which {duration(compiling())} compiling: "
             f"{trained / training:.0f} images/s, {1000 * training / trained:.2f} s/kimg"
         )
     print(f"pictures: {folder.path / 'samples'}")
@@ -212,7 +218,7 @@ def crossed(images: int, batch: int, kimg: float) -> bool:
 
 
 @torch.no_grad()
-def sample_grid(engine: Engine, latents: torch.Tensor) -> "Any":
+def sample_grid(engine: Engine, latents: torch.Tensor) -> np.ndarray:
     return grid(to_uint8(engine.ema(latents.to(engine.device))))
 
 

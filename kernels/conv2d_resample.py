@@ -22,7 +22,7 @@ def _conv2d(
 
 
 def _conv2d_up(x: Tensor, w: Tensor, up: int, pad: tuple[int, int], groups: int, flip_weight: bool) -> Tensor:
-    """Zero insertion by `up`, then convolution: a transposed convolution, which correlates with flipped taps."""
+    """Zero insertion by `up`, then convolution: a transposed convolution, which flips the taps."""
     if flip_weight:
         w = w.flip([2, 3])
     oc, ic, kh, kw = w.shape
@@ -95,7 +95,7 @@ def conv2d_resample(
 ) -> Tensor:
     """Convolution of x [N, Cin, H, W] with w [Cout, Cin / groups, kh, kw], resampled by the FIR `f`.
 
-    `padding` (int, (x, y) or (x0, x1, y0, y1)) is that of the upsampled image; what the FIR needs comes on top.
+    `padding` (int, (x, y) or (x0, x1, y0, y1)) is that of the upsampled image; the FIR's comes on top.
     `flip_weight` True correlates as F.conv2d does, False convolves. Returns [N, Cout, H * up / down, ...] for
     padding k // 2, in x's dtype (w is cast). Raises ValueError for wrong ranks, channels or factors.
     """
@@ -103,7 +103,8 @@ def conv2d_resample(
         raise ValueError(f"x must be [N, C, H, W]: got shape {list(x.shape)}")
     if w.ndim != 4 or w.shape[1] * groups != x.shape[1] or w.shape[0] % groups:
         raise ValueError(
-            f"w must be [Cout, {x.shape[1]} / groups, kh, kw] with groups {groups} dividing Cout: got {list(w.shape)}"
+            f"w must be [Cout, {x.shape[1]} / groups, kh, kw] with groups {groups} dividing Cout: "
+            f"got {list(w.shape)}"
         )
     if up < 1 or down < 1:
         raise ValueError(f"up and down must be at least 1: got {up} and {down}")

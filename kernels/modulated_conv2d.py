@@ -1,6 +1,7 @@
 """Modulated convolution (Karras et al. 2019, section 2.2, equations 1 to 3), with everything around it.
 
-    y = act(d[n, o] * conv(x * s[n, i], w) + noise + b) * gain,   d[n, o] = rsqrt(sum_{i, k} (w[o, i, k] s[n, i])^2 + 1e-8)
+    y = act(d[n, o] * conv(x * s[n, i], w) + noise + b) * gain
+    d[n, o] = rsqrt(sum_{i, k} (w[o, i, k] s[n, i])^2 + 1e-8)
 
 Scaling the input and the output instead of the weights gives one dense convolution for the whole batch in
 place of one group a sample; d needs only w summed over its taps, a small matrix product, and is kept in fp32.

@@ -50,7 +50,7 @@ class Case:
         return {k[len(prefix) :]: self.tensor(k) for k in self.spec["tensors"] if k.startswith(prefix)}
 
     def check(self, name: str, value: Tensor, tol: float | None = None, floor: float = 0.0) -> None:
-        """max |value - golden| <= tol * max(max |golden|, floor), with the case's own tolerance by default."""
+        """max |value - golden| <= tol * max(max |golden|, floor), by default the case's own tolerance."""
         expected = self.tensor(name)
         tol = tol or self.spec["tol"] or (1e-9 if self.dtype == torch.float64 else 2e-5)
         stored = self.spec["tensors"][name][1]

@@ -459,7 +459,7 @@ def test_a_damaged_cache_is_rebuilt_with_one_warning(data: Path, cache_folder: P
     else:
         images = torch.zeros(1, 16, 16, 1, dtype=torch.uint8)
         save_file({"kept": torch.ones(1, dtype=torch.uint8), "images": images}, file)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning) as caught:  # noqa: PT030
         images = load_images("data", 16)
     [warning] = caught
     assert f"ignored the damaged cache file {file}" in str(warning.message)

@@ -9,7 +9,7 @@ from fastgan.models import dcgan, stylegan
 
 
 def load(net: nn.Module, case: Case, prefix: str = "in.param.") -> dict[str, torch.Tensor]:
-    """Fill `net` with the peer's tensors of the same names; its FIR buffers and BatchNorm counters have no part."""
+    """Fill `net` with the peer's tensors of the same names; its FIR buffers have no part."""
     state = {k: v for k, v in case.group(prefix).items() if not k.endswith("resample_filter")}
     net.to(case.dtype).load_state_dict(state, strict=True)
     return {f"param.{k}": p for k, p in net.named_parameters()}

@@ -1,9 +1,11 @@
 """DCGAN (Radford, Metz and Chintala 2015, "Unsupervised Representation Learning with Deep Convolutional
 Generative Adversarial Networks", arXiv:1511.06434).
 
-Layers stand in the order of pytorch/examples' dcgan, so its weights load as they are. The discriminator returns
-logits where that example applies a sigmoid.
+Layers stand in the order of pytorch/examples' dcgan, so its weights load as they are. The discriminator
+returns logits where that example applies a sigmoid.
 """
+
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +89,7 @@ class Discriminator(nn.Module):
         self.dtype = dtype
         widths = [channels] + [ndf << i for i in range(doublings)]
         layers: list[nn.Module] = []
-        for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
             layers.append(nn.Conv2d(fan_in, fan_out, kernel, 2, (kernel - 1) // 2, bias=False))
             if i > 0:
                 layers.append(nn.BatchNorm2d(fan_out))
@@ -102,7 +104,7 @@ class Discriminator(nn.Module):
 
 
 def _run(layers: nn.Sequential, x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Convolutions in `dtype`, BatchNorm with fp32 statistics, the last layers (tanh, logits) in x's dtype."""
+    """Convolutions in `dtype`, BatchNorm with fp32 statistics, tanh and logits in x's dtype."""
     precise = x.dtype
     last_conv = max(i for i, m in enumerate(layers) if isinstance(m, nn.Conv2d | nn.ConvTranspose2d))
     x = x.to(dtype or precise)
@@ -112,7 +114,7 @@ def _run(layers: nn.Sequential, x: Tensor, dtype: torch.dtype | None) -> Tensor:
                 x, layer.weight.to(x.dtype), None, layer.stride, layer.padding, layer.output_padding
             )
         elif isinstance(layer, nn.Conv2d):
-            x = nn.functional.conv2d(x, layer.weight.to(x.dtype), None, layer.stride, layer.padding)
+            x = layer._conv_forward(x, layer.weight.to(x.dtype), None)
         else:
             x = layer(x)
         if i == last_conv:

@@ -1,9 +1,10 @@
 """StyleGAN2 (Karras et al. 2019, "Analyzing and Improving the Image Quality of StyleGAN", arXiv:1912.04958).
 
-Parameter names are those of stylegan2-ada-pytorch. Weights and the mapping network stay in the parameters' own
-dtype; convolutions run in `dtype`, images and everything after the discriminator's last block in fp32 or better.
+Parameter names are those of stylegan2-ada-pytorch. Weights and the mapping network stay in the parameters'
+own dtype; convolutions run in `dtype`, images and the discriminator's last 4x4 in fp32 or better.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -30,7 +31,7 @@ def channels_at(resolution: int, channel_base: int, channel_max: int) -> int:
 
 
 class FullyConnected(nn.Module):
-    """y = act(x W^T * lr_multiplier / sqrt(in) + b * lr_multiplier), equalized learning rate (Karras 2018)."""
+    """y = act(x W^T * lr_multiplier / sqrt(in) + b * lr_multiplier), equalized learning rate."""
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class Conv2d(nn.Module):
 
 
 class Mapping(nn.Module):
-    """z [N, z_dim] (and labels c [N, c_dim]) -> w [N, num_ws, w_dim], with a running mean of w to truncate to.
+    """z [N, z_dim] (and labels c [N, c_dim]) -> w [N, num_ws, w_dim], with a running mean of w.
 
     num_ws None returns [N, w_dim] and keeps no mean: the discriminator's embedding of the label.
     """
@@ -115,7 +116,7 @@ class Mapping(nn.Module):
             self.embed = FullyConnected(c_dim, w_dim)
         widths = [z_dim + (w_dim if c_dim > 0 else 0)] + [w_dim] * num_layers
         self.layers: list[str] = []
-        for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
             self.add_module(f"fc{i}", FullyConnected(fan_in, fan_out, "lrelu", lr_multiplier))
             self.layers.append(f"fc{i}")
         if num_ws is not None and w_avg_beta is not None:
@@ -180,7 +181,7 @@ class SynthesisLayer(nn.Module):
         self.register_buffer("resample_filter", setup_filter(BLUR), persistent=False)
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor | None, gain: float = 1.0) -> Tensor:
-        """x [N, Cin, H, W], w [N, w_dim], noise of unit variance [N, 1, H * up, W * up] or [H * up, W * up]."""
+        """x [N, Cin, H, W], w [N, w_dim], unit normal noise [N, 1, H * up, W * up] or [H * up, W * up]."""
         if noise is not None:
             noise = noise * self.noise_strength
         return modulated_conv2d(
@@ -242,31 +243,39 @@ class SynthesisBlock(nn.Module):
         self.conv1 = SynthesisLayer(out_channels, out_channels, w_dim, resolution, 1, conv_clamp)
         self.num_convs = 1 if self.is_first else 2
         self.torgb = (
-            ToRGB(out_channels, img_channels, w_dim, conv_clamp) if is_last or architecture == "skip" else None
+            ToRGB(out_channels, img_channels, w_dim, conv_clamp)
+            if is_last or architecture == "skip"
+            else None
         )
         if not self.is_first and architecture == "resnet":
             self.skip = Conv2d(in_channels, out_channels, 1, up=2, bias=False)
 
     def forward(
-        self, x: Tensor | None, img: Tensor | None, ws: Tensor, noises: Sequence[Tensor | None], dtype: torch.dtype
+        self,
+        x: Tensor | None,
+        img: Tensor | None,
+        ws: Tensor,
+        noises: Sequence[Tensor | None],
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
         """ws [N, num_convs + 1, w_dim]; the last one drives the output and is the next block's first."""
+        y: Tensor
         if x is None:
             x = self.const.to(dtype).expand(ws.shape[0], -1, -1, -1)
             x = x.contiguous(memory_format=torch.channels_last)
-            x = self.conv1(x, ws[:, 0], noises[0])
+            y = self.conv1(x, ws[:, 0], noises[0])
         elif self.architecture == "resnet":
             skip = self.skip(x, gain=math.sqrt(0.5))
-            x = self.conv0(x, ws[:, 0], noises[0])
-            x = skip + self.conv1(x, ws[:, 1], noises[1], gain=math.sqrt(0.5))
+            y = self.conv0(x, ws[:, 0], noises[0])
+            y = skip + self.conv1(y, ws[:, 1], noises[1], gain=math.sqrt(0.5))
         else:
-            x = self.conv1(self.conv0(x, ws[:, 0], noises[0]), ws[:, 1], noises[1])
+            y = self.conv1(self.conv0(x, ws[:, 0], noises[0]), ws[:, 1], noises[1])
         if img is not None:
             img = upsample2d(img, self.resample_filter)
         if self.torgb is not None:
-            rgb = self.torgb(x, ws[:, self.num_convs]).to(torch.promote_types(dtype, torch.float32))
+            rgb = self.torgb(y, ws[:, self.num_convs]).to(torch.promote_types(dtype, torch.float32))
             img = rgb if img is None else img + rgb
-        return x, img
+        return y, img
 
 
 class Synthesis(nn.Module):
@@ -488,14 +497,25 @@ class Discriminator(nn.Module):
         channels = [channels_at(r, channel_base, channel_max) for r in [*self.resolutions, 4]]
         for i, res in enumerate(self.resolutions):
             block = DiscriminatorBlock(
-                0 if i == 0 else channels[i], channels[i], channels[i + 1], img_channels, architecture, conv_clamp
+                0 if i == 0 else channels[i],
+                channels[i],
+                channels[i + 1],
+                img_channels,
+                architecture,
+                conv_clamp,
             )
             self.add_module(f"b{res}", block)
         cmap_dim = channels[-1] if c_dim > 0 else 0
         if c_dim > 0:
             self.mapping = Mapping(0, c_dim, cmap_dim, None, mapping_layers, w_avg_beta=None)
         self.b4 = DiscriminatorEpilogue(
-            channels[-1], cmap_dim, img_channels, architecture, mbstd_group_size, mbstd_num_channels, conv_clamp
+            channels[-1],
+            cmap_dim,
+            img_channels,
+            architecture,
+            mbstd_group_size,
+            mbstd_num_channels,
+            conv_clamp,
         )
         self.c_dim = c_dim
 

@@ -1,0 +1,320 @@
+"""Losses and phases: golden values, and compiled gradients against eager ones, second order included."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden_cases import Case, golden
+from test_models import load, without_prefix
+from torch import Tensor, nn
+
+from fastgan.compiled import compile_phase
+from fastgan.engine import place
+from fastgan.losses import LOSSES, gradient_penalty, gradient_square, path_length
+from fastgan.models import Discriminator, Generator, dcgan, stylegan
+from fastgan.step import d_phase, g_path_phase, g_phase
+
+CPU = torch.device("cpu")
+
+
+@golden("losses_hinge_logistic")
+def test_adversarial_losses(case: Case):
+    loss = LOSSES["hinge" if case.spec["op"].startswith("hinge") else "non-saturating"]
+    inputs = {k: v.requires_grad_() for k, v in case.group("in.").items()}
+    if case.spec["op"].endswith("_dis"):
+        y = torch.stack(loss.d(inputs["real"], inputs["fake"]))
+    else:
+        y = loss.g(inputs["fake"])
+    case.check_derivatives(y, inputs)
+
+
+@golden("rosinality_losses", "rosi_losses")
+def test_rosinality_logistic(case: Case):
+    inputs = {k: v.requires_grad_() for k, v in case.group("in.").items()}
+    loss = LOSSES["non-saturating"]
+    y = torch.stack([torch.stack(loss.d(inputs["real"], inputs["fake"])).sum(), loss.g(inputs["fake"])])
+    case.check_derivatives(y, inputs)
+
+
+def critic(weights: dict[str, Tensor]):
+    """The critic of the golden family gradient_penalties (its documentation in golden/index.json)."""
+
+    def D(x: Tensor) -> Tensor:
+        h = F.leaky_relu(x.flatten(1) @ weights["w1"].t() + weights["b1"], 0.2)
+        return F.softplus(h @ weights["w2"].t() + weights["b2"]) - 0.1 * h.square().mean(dim=1, keepdim=True)
+
+    return D
+
+
+@golden("gradient_penalties")
+def test_gradient_penalties(case: Case):
+    weights = {k: case.tensor(f"in.{k}").requires_grad_() for k in ("w1", "b1", "w2", "b2")}
+    D = critic(weights)
+    if case.spec["op"] == "wgangp_erik":
+        y = gradient_penalty(D, *(case.tensor(f"in.{k}") for k in ("real", "fake", "alpha")))
+    else:
+        x = case.tensor("in.x").requires_grad_()
+        y = case.args["gamma"] / 2 * gradient_square(D(x), x)
+    case.check_derivatives(y, weights)
+
+
+def from_rosinality(state: dict[str, Tensor], resolution: int) -> dict[str, Tensor]:
+    """rosinality's generator or discriminator under our names.
+
+    Its tables: a layer's weights carry a batch dimension of one; the first layer of a resolution is convs.2i,
+    the second convs.2i+1; a ResBlock is conv1, conv2 (behind a blur) and skip.
+    """
+    out = {}
+    resolutions = [2**i for i in range(3, resolution.bit_length())]
+    if "input.input" in state:
+        layers = {"b4.conv1": "conv1", "b4.torgb": "to_rgb1"}
+        for i, res in enumerate(resolutions):
+            layers |= {f"b{res}.conv0": f"convs.{2 * i}", f"b{res}.conv1": f"convs.{2 * i + 1}"}
+            layers |= {f"b{res}.torgb": f"to_rgbs.{i}"}
+        out["synthesis.b4.const"] = state["input.input"][0]
+        for ours, theirs in layers.items():
+            out[f"synthesis.{ours}.weight"] = state[f"{theirs}.conv.weight"][0]
+            out[f"synthesis.{ours}.affine.weight"] = state[f"{theirs}.conv.modulation.weight"]
+            out[f"synthesis.{ours}.affine.bias"] = state[f"{theirs}.conv.modulation.bias"]
+            if "torgb" in ours:
+                out[f"synthesis.{ours}.bias"] = state[f"{theirs}.bias"].flatten()
+            else:
+                out[f"synthesis.{ours}.bias"] = state[f"{theirs}.activate.bias"]
+                out[f"synthesis.{ours}.noise_strength"] = state[f"{theirs}.noise.weight"][0]
+        sides = [4] + [r for r in resolutions for _ in range(2)]
+        names = ["b4.conv1"] + [f"b{r}.conv{i}" for r in resolutions for i in (0, 1)]
+        for i, (name, side) in enumerate(zip(names, sides, strict=True)):
+            noise = state.get(f"noises.noise_{i}")
+            out[f"synthesis.{name}.noise_const"] = torch.zeros(side, side) if noise is None else noise[0, 0]
+        for i in itertools.count():
+            if f"style.{i + 1}.weight" not in state:
+                break
+            out[f"mapping.fc{i}.weight"] = state[f"style.{i + 1}.weight"]
+            out[f"mapping.fc{i}.bias"] = state[f"style.{i + 1}.bias"]
+        out["mapping.w_avg"] = torch.zeros(state["style.1.weight"].shape[0])
+        return out
+    out[f"b{resolution}.fromrgb.weight"] = state["convs.0.0.weight"]
+    out[f"b{resolution}.fromrgb.bias"] = state["convs.0.1.bias"]
+    for i, res in enumerate(reversed(resolutions), start=1):
+        out[f"b{res}.conv0.weight"] = state[f"convs.{i}.conv1.0.weight"]
+        out[f"b{res}.conv0.bias"] = state[f"convs.{i}.conv1.1.bias"]
+        out[f"b{res}.conv1.weight"] = state[f"convs.{i}.conv2.1.weight"]
+        out[f"b{res}.conv1.bias"] = state[f"convs.{i}.conv2.2.bias"]
+        out[f"b{res}.skip.weight"] = state[f"convs.{i}.skip.1.weight"]
+    names = {"final_conv.0.weight": "conv.weight", "final_conv.1.bias": "conv.bias"}
+    names |= {"final_linear.0.weight": "fc.weight", "final_linear.0.bias": "fc.bias"}
+    names |= {"final_linear.1.weight": "out.weight", "final_linear.1.bias": "out.bias"}
+    return out | {f"b4.{ours}": state[theirs] for theirs, ours in names.items()}
+
+
+def check_rosinality_gradients(case: Case, y: Tensor, net: nn.Module, resolution: int):
+    case.check("out.y", y)
+    named = dict(net.named_parameters())
+    grads = torch.autograd.grad(y * case.tensor("r"), list(named.values()), materialize_grads=True)
+    expected = from_rosinality(case.group("g.param."), resolution)
+    for name, grad in zip(named, grads, strict=True):
+        torch.testing.assert_close(
+            grad, expected[name].reshape(grad.shape), rtol=2e-7, atol=1e-9
+        )  # stored in fp32
+
+
+@golden("rosinality_losses", "rosi_path")
+def test_rosinality_path_length(case: Case):
+    a = case.args
+    G = stylegan.Generator(
+        a["style_dim"], 0, a["style_dim"], a["size"], 3, a["n_mlp"], 4096, a["ch"]
+    ).double()
+    G.load_state_dict(from_rosinality(case.group("in.param."), a["size"]))
+    ws = G.mapping(case.tensor("in.z"))
+    mean = case.tensor("in.mean_path_length")
+    y, new_mean, lengths = path_length(G.synthesis(ws), ws, case.tensor("in.pl_noise"), mean, 0.01)
+    case.check("out.path_lengths", lengths)
+    case.check("out.path_mean_new", new_mean)
+    check_rosinality_gradients(case, y, G, a["size"])
+
+
+@golden("rosinality_losses", "rosi_r1")
+def test_rosinality_r1(case: Case):
+    a = case.args
+    D = stylegan.Discriminator(0, a["size"], 3, 4096, a["ch"]).double()
+    D.load_state_dict(from_rosinality(case.group("in.param."), a["size"]))
+    x = case.tensor("in.x").requires_grad_()
+    check_rosinality_gradients(case, gradient_square(D(x), x), D, a["size"])
+
+
+@golden("stylegan2_loss_phases")
+def test_stylegan_phases(case: Case):
+    """Ours add a penalty's gradient to the adversarial one; the peer's regularization phases hold it."""
+    a = case.args
+    G = stylegan.Generator(**without_prefix(a["G_ctor"]), style_mixing=0, noise="const")
+    D = stylegan.Discriminator(**without_prefix(a["D_ctor"]))
+    load(G, case, "in.G.")
+    load(D, case, "in.D.")
+    z, real, none = case.tensor("in.z"), case.tensor("in.real"), torch.empty(4, 0)
+    if a["phase"].startswith("D"):
+        net, prefix = D, "D"
+        main = d_phase(G, D, real, z, none).grads
+        both = d_phase(G, D, real, z, none, r1_weight=a["r1_gamma"] / 2).grads
+    else:
+        net, prefix, count = G, "G", len(z) // a["pl_batch_shrink"]
+        main = g_phase(G, D, z, none).grads
+        result, pl_mean = g_path_phase(
+            *(G, D, z, none, z[:count], none[:count], case.tensor("in.pl_noise"), case.tensor("in.pl_mean")),
+            pl_weight=a["pl_weight"],
+            pl_decay=a["pl_decay"],
+        )
+        both = result.grads
+        if a["phase"] == "Greg":
+            case.check("out.pl_mean_new", pl_mean)
+    for (name, _), m, b in zip(net.named_parameters(), main, both, strict=True):
+        case.check(f"out.grad.{prefix}.{name}", m if a["phase"].endswith("main") else b - m, floor=1e-2)
+
+
+@golden("stylegan2_loss_phases")
+def test_running_mean_of_w(case: Case):
+    a = case.args
+    G = stylegan.Generator(**without_prefix(a["G_ctor"]), style_mixing=0, noise="const")
+    D = stylegan.Discriminator(**without_prefix(a["D_ctor"]))
+    load(G, case, "in.G.")
+    load(D, case, "in.D.")
+    z, none = case.tensor("in.z"), torch.empty(4, 0)
+    if a["phase"] == "Gmain":
+        g_phase(G, D, z, none)
+    elif a["phase"] == "Dmain":
+        d_phase(G, D, case.tensor("in.real"), z, none)
+    else:
+        pytest.skip("the peer's regularization phase runs the mapping without the adversarial phase")
+    case.check("out.w_avg_new", G.mapping.w_avg)
+
+
+def tiny(arch: str, dtype: torch.dtype) -> tuple[Generator, Discriminator]:
+    torch.manual_seed(3)
+    if arch == "stylegan":
+        G: Generator = stylegan.Generator(6, 0, 5, 8, 3, 2, 32, 6, style_mixing=0.9)
+        D: Discriminator = stylegan.Discriminator(0, 8, 3, 32, 6, mbstd_group_size=2)
+        for name, p in G.named_parameters():
+            if name.endswith("noise_strength"):
+                nn.init.constant_(p, 0.3)
+    else:
+        G, D = dcgan.Generator(6, 4, 3, 8), dcgan.Discriminator(4, 3, 8, slope=0.1)
+        for p in itertools.chain(G.parameters(), D.parameters()):
+            p.data.mul_(8 if p.ndim == 4 else 1)  # weights of deviation 0.02 make second derivatives vanish
+    for net in (G, D):
+        net.to(dtype)
+        place(net, CPU)
+    return G, D
+
+
+def draws(G: Generator, count: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(count, G.normals, generator=generator, dtype=torch.float64)
+    return normal.to(dtype), torch.rand(count, G.uniforms, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def reals(count: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(count, 3, 8, 8, generator=generator, dtype=torch.float64) * 2 - 1
+    return images.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def phases(arch: str):
+    """name -> (function of (call, G, D, dtype, seed), trained network's index), `call` eager or compiled."""
+
+    def d(call, G, D, dtype, seed):
+        return call(d_phase)(G, D, reals(4, dtype, seed), *draws(G, 4, dtype, seed))
+
+    def d_r1(call, G, D, dtype, seed):
+        return call(d_phase)(G, D, reals(4, dtype, seed), *draws(G, 4, dtype, seed), r1_weight=5.0)
+
+    def g(call, G, D, dtype, seed):
+        return call(g_phase)(G, D, *draws(G, 4, dtype, seed))
+
+    def g_path(call, G, D, dtype, seed):
+        noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        mean = torch.tensor(0.1, dtype=dtype)
+        latents = (*draws(G, 4, dtype, seed), *draws(G, 2, dtype, seed + 50))
+        return call(g_path_phase)(G, D, *latents, noise.to(dtype), mean, pl_weight=8.0)[0]
+
+    return {"D": d, "D with R1": d_r1, "G": g, "G with path length": g_path}
+
+
+@pytest.mark.parametrize("phase", ["D", "D with R1", "G", "G with path length"])
+@pytest.mark.parametrize("arch", ["stylegan", "dcgan"])
+def test_compiled_gradients_equal_eager_ones(arch: str, phase: str):
+    """One graph, no recompilation for new numbers; fp32 within its own eager error of float64."""
+    torch._dynamo.reset()
+    compiled = {}
+
+    def by_compiler(function):
+        return compiled.setdefault(function, compile_phase(function, CPU))
+
+    def eager(function):
+        return function
+
+    run = phases(arch)[phase]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in (0, 1):
+            results = []
+            for call, dtype in ((by_compiler, torch.float32), (eager, torch.float32), (eager, torch.float64)):
+                nets = tiny(arch, dtype)
+                if seed == 0 and call is by_compiler:
+                    compiled_nets = nets
+                elif call is by_compiler:
+                    for old, new in zip(compiled_nets, nets, strict=True):
+                        old.load_state_dict(new.state_dict())
+                    nets = compiled_nets
+                results.append((run(call, *nets, dtype, seed), copy.deepcopy(nets)))
+            (ours, our_nets), (single, _), (exact, exact_nets) = results
+            for k, loss in exact.losses.items():
+                torch.testing.assert_close(ours.losses[k].double(), loss, rtol=2e-4, atol=2e-5)
+            largest = max(g.abs().max() for g in exact.grads)
+            for ours_g, single_g, exact_g in zip(ours.grads, single.grads, exact.grads, strict=True):
+                error = (ours_g.double() - exact_g).abs().max()
+                eager_error = (single_g.double() - exact_g).abs().max()
+                assert error <= 3 * eager_error + 2e-6 * largest
+            for ours_net, exact_net in zip(our_nets, exact_nets, strict=True):  # running means moved alike
+                for ours_b, exact_b in zip(ours_net.buffers(), exact_net.buffers(), strict=True):
+                    torch.testing.assert_close(ours_b.double(), exact_b.double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["stylegan", "dcgan"])
+def test_penalties_reach_every_layer(arch: str):
+    """What R1 and path length add to the gradients, against central differences of the penalties."""
+    G, D = tiny(arch, torch.float64)
+    for phase, net in (("D", D), ("G", G)):
+        penalty = {"D": "D with R1", "G": "G with path length"}[phase]
+        key, weight = ("r1", 5.0) if phase == "D" else ("path_length", 8.0)
+        clones = copy.deepcopy((G, D))
+        plain = phases(arch)[phase](lambda f: f, *copy.deepcopy(clones), torch.float64, 0)
+        full = phases(arch)[penalty](lambda f: f, *copy.deepcopy(clones), torch.float64, 0)
+        added = [f - p for f, p in zip(full.grads, plain.grads, strict=True)]
+        generator = torch.Generator().manual_seed(1)
+        directions = [
+            torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in net.parameters()
+        ]
+        values = []
+        for sign in (1, -1):
+            nets = copy.deepcopy(clones)
+            for p, d in zip(nets[1 if phase == "D" else 0].parameters(), directions, strict=True):
+                p.data.add_(d, alpha=sign * 1e-6)
+            values.append(phases(arch)[penalty](lambda f: f, *nets, torch.float64, 0).losses[key])
+        slope = weight * (values[0] - values[1]) / 2e-6
+        expected = sum((a * d).sum() for a, d in zip(added, directions, strict=True))
+        torch.testing.assert_close(slope, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("arch", ["stylegan", "dcgan"])
+def test_bf16_gradients_point_the_same_way(arch: str):
+    for phase, run in phases(arch).items():
+        G, D = tiny(arch, torch.float32)
+        exact = run(lambda f: f, G, D, torch.float32, 0)
+        G, D = tiny(arch, torch.float32)
+        for net in (G, D):
+            target = net.synthesis if isinstance(net, stylegan.Generator) else net
+            target.dtype = torch.bfloat16
+        rough = run(lambda f: f, G, D, torch.float32, 0)
+        a, b = (torch.cat([g.flatten() for g in r.grads]) for r in (exact, rough))
+        assert all(g.dtype == torch.float32 for g in rough.grads)
+        assert F.cosine_similarity(a, b, dim=0) > 0.98, phase
