@@ -32,16 +32,16 @@ def write(path: Path, data: bytes | str) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: Any) -> None:
-    """A safetensors file; `metadata` values are stored as JSON."""
+    """A safetensors file; `metadata` is one key holding JSON, for the library shuffles several."""
     tensors = {k: t.detach().to("cpu").contiguous() for k, t in tensors.items()}
-    write(path, save(tensors, {k: json.dumps(v) for k, v in metadata.items()}))
+    write(path, save(tensors, {"fastgan": json.dumps(metadata)}))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, metadata). ValueError names a file that is damaged or holds other metadata than JSON."""
+    """(tensors, metadata). ValueError names a file that is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = {k: json.loads(v) for k, v in (file.metadata() or {}).items() if k != "format"}
+            metadata = json.loads((file.metadata() or {}).get("fastgan", "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, metadata
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no intact safetensors file: {error}") from None

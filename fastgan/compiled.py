@@ -13,7 +13,7 @@ import torch
 # A phase that runs at every step is compiled at once. A rare one runs eagerly until it has run this often, by
 # when compiling it would have paid for itself (README, "Compile time"). Which runs are compiled is a function
 # of the images seen alone, so that resuming stays exact.
-EAGER_RUNS_OF_A_RARE_PHASE = 1000
+EAGER_RUNS_OF_A_RARE_PHASE = 3000
 
 
 def compile_phase(phase: Callable[..., Any], device: torch.device) -> Callable[..., Any]:

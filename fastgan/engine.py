@@ -147,7 +147,9 @@ class Engine:
 def place(net: torch.nn.Module, device: torch.device) -> None:
     """Move `net` to `device`, its weights channels_last."""
     net.to(device)
-    net.to(memory_format=torch.channels_last)
+    for p in net.parameters():
+        if p.ndim == 4:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
 
 
 def _state(net: torch.nn.Module) -> dict[str, Tensor]:

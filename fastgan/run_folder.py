@@ -107,6 +107,8 @@ class RunFolder:
     def plot(self) -> None:
         """losses.png from the log."""
         lines = self.read_log()
+        if not lines:
+            return
         figure = matplotlib.figure.Figure(figsize=(8, 4), layout="constrained")
         axes = figure.add_subplot()
         for name in dict.fromkeys(k for line in lines for k in line if k.startswith(LOSS_PREFIXES)):

@@ -110,6 +110,7 @@ def _run(layers: nn.Sequential, x: Tensor, dtype: torch.dtype | None) -> Tensor:
     x = x.to(dtype or precise)
     for i, layer in enumerate(layers):
         if isinstance(layer, nn.ConvTranspose2d):
+            assert isinstance(layer.padding, tuple)  # never a word such as "same"
             x = nn.functional.conv_transpose2d(
                 x, layer.weight.to(x.dtype), None, layer.stride, layer.padding, layer.output_padding
             )
