@@ -4,6 +4,7 @@ A phase is traced whole: the inner gradients of R1 and path length are `torch.au
 traced function (`trace_autograd_ops`), so one graph holds forward, backward and double backward.
 """
 
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +29,8 @@ class Phase:
     """A phase that runs every so many steps, eagerly or compiled.
 
     Called with the number of the step and the phase's own arguments. `seconds` is the time that its first
-    compiled call took, None before that; `announce` is told when that call begins.
+    compiled call took, None before that; `announce` is told when that call begins and ends; `helper` is a
+    process that compiles the phase meanwhile (precompile.py), to be waited for.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Phase:
         self.eager_steps = EAGER_RUNS_OF_A_RARE_PHASE * every if every > 1 else 0
         self.seconds: float | None = None
         self.announce: Callable[[str], None] = lambda message: None
+        self.helper: subprocess.Popen | None = None
 
     def __call__(self, step: int, *args: Any) -> Any:
         if self.compiled is None or step < self.eager_steps:
@@ -52,6 +55,8 @@ class Phase:
             return self.compiled(*args)
         self.announce(f"compiling {self.name}")
         start = time.perf_counter()
+        if self.helper:
+            self.helper.wait()
         result = self.compiled(*args)
         self.seconds = time.perf_counter() - start
         self.announce(f"compiled {self.name} in {self.seconds:.0f} s")

@@ -52,14 +52,14 @@ class Engine:
         torch.manual_seed(_seed(c.seed, "step", self.images))
 
         d = self.d_r1 if c.r1 > 0 and step % c.r1_every == 0 else self.d
-        self._update(D, self.d_optimizer, d(step, G, D, real, *self._latents(c.batch)))
+        self._update(D, self.d_optimizer, d(step, G, D, real, *self.latents(c.batch)))
 
-        latents = self._latents(c.batch)
+        latents = self.latents(c.batch)
         if c.pl > 0 and step % c.pl_every == 0:
             count = c.batch // c.pl_batch_shrink
             noise = torch.randn(count, *real.shape[1:], device=self.device)
             result, self.pl_mean = self.g_path(
-                step, G, D, *latents, *self._latents(count), noise, self.pl_mean
+                step, G, D, *latents, *self.latents(count), noise, self.pl_mean
             )
         else:
             result = self.g(step, G, D, *latents)
@@ -68,7 +68,8 @@ class Engine:
         self.images += c.batch
         self._average()
 
-    def _latents(self, count: int) -> tuple[Tensor, Tensor]:
+    def latents(self, count: int) -> tuple[Tensor, Tensor]:
+        """The random numbers of `count` samples: normal [count, G.normals], uniform [count, G.uniforms]."""
         return (
             torch.randn(count, self.G.normals, device=self.device),
             torch.rand(count, self.G.uniforms, device=self.device),

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fastgan import cli
+from fastgan import cli, precompile
 from fastgan.checkpoint import load_checkpoint, save_checkpoint
 from fastgan.config import PRESETS, Config, applies, flag, make_config, resolve_device
 from fastgan.data import Feed, load_images
@@ -124,9 +124,10 @@ def train(config: Config, device: torch.device, run_dir: Path) -> int:
     folder = RunFolder(run_dir, config)
     feed = Feed(images, device, config.seed, config.mirror)
     stop = StopRequest()
-    progress = None
+    progress = helper = None
     try:
         engine = Engine(config, device)
+        engine.g.helper = helper = precompile.start(config)
         checkpoint = load_checkpoint(run_dir / "checkpoints")
         if checkpoint:
             engine.load_state(*checkpoint)
@@ -143,6 +144,9 @@ def train(config: Config, device: torch.device, run_dir: Path) -> int:
         return _loop(config, engine, feed, folder, stop, progress)
     finally:
         stop.restore()
+        if helper:
+            helper.terminate()
+            helper.wait()
         if progress:
             progress.close()
         feed.close()
