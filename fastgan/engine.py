@@ -15,6 +15,9 @@ from fastgan.compiled import Phase
 from fastgan.config import Config, build_networks
 from fastgan.step import PhaseResult, d_phase, g_path_phase, g_phase
 
+BATCH_NORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+SETTLING_BATCHES, SETTLING_BATCH = 16, 64
+
 
 class Engine:
     """A run's networks in training: `step` updates them, `state` is all of them, as tensors."""
@@ -92,12 +95,27 @@ class Engine:
             half_life = min(half_life, self.images * self.config.ema_rampup)
         keep = 0.5 ** (self.config.batch / max(half_life, 1e-8))
         mine, theirs = _state(self.ema), _state(self.G)
-        floating = [k for k in mine if mine[k].is_floating_point()]
-        torch.ops.aten._foreach_lerp_.Scalar(
-            [mine[k] for k in floating], [theirs[k] for k in floating], 1 - keep
-        )
-        for name in mine.keys() - set(floating):  # BatchNorm's counters
-            mine[name].copy_(theirs[name])
+        names = [k for k in mine if not k.endswith(BATCH_NORM_STATISTICS)]
+        torch.ops.aten._foreach_lerp_.Scalar([mine[k] for k in names], [theirs[k] for k in names], 1 - keep)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Give the moving average BatchNorm statistics of its own (standing statistics, Brock et al. 2018).
+
+        Averaged weights have activations of another scale than the weights that they average, so G's running
+        statistics do not fit them. A function of the weights alone; call it before `ema` is used or saved.
+        """
+        norms = [m for m in self.ema.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        if not norms:
+            return
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+        generator = torch.Generator().manual_seed(_seed(self.config.seed, "settle"))
+        self.ema.train()
+        for _ in range(SETTLING_BATCHES):
+            self.ema(torch.randn(SETTLING_BATCH, self.config.z_dim, generator=generator).to(self.device))
+        self.ema.eval()
 
     def take_losses(self) -> dict[str, float]:
         """Means since the last call."""

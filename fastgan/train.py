@@ -165,6 +165,7 @@ def _loop(
         return sum(p.seconds or 0.0 for p in phases)
 
     def save() -> None:
+        engine.settle()
         state = engine.state()
         save_checkpoint(folder.path / "checkpoints", state, engine.images, config.keep)
         save_generator(folder.path / "generator.safetensors", state, config, engine.images)
@@ -223,6 +224,7 @@ def crossed(images: int, batch: int, kimg: float) -> bool:
 
 @torch.no_grad()
 def sample_grid(engine: Engine, latents: torch.Tensor) -> np.ndarray:
+    engine.settle()
     return grid(to_uint8(engine.ema(latents.to(engine.device))))
 
 

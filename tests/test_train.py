@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from fastgan import compiled, generate, train
+from fastgan import compiled, generate, precompile, train
 from fastgan.checkpoint import checkpoints, load_tensors
 from fastgan.config import PRESETS, Config, UsageError, make_config
 from fastgan.images import grid, to_uint8
@@ -96,6 +96,7 @@ def test_default_run_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.Mo
 def test_resume_is_exact(arch: str, compile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """2N images at once, or N, stop, N more; a rare phase changes from eager to compiled on the way."""
     monkeypatch.setattr(compiled, "EAGER_RUNS_OF_A_RARE_PHASE", 3)
+    monkeypatch.setattr(precompile, "start", lambda config: None)  # has its own test
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(arch, whole, 72, compile) == 0
     assert run(arch, parts, 36, compile) == 0
@@ -103,6 +104,27 @@ def test_resume_is_exact(arch: str, compile: str, tmp_path: Path, monkeypatch: p
     assert_same_run(whole, parts)
     logs = [[json.loads(x) for x in (d / "metrics.jsonl").read_text().splitlines()] for d in (whole, parts)]
     assert logs[0][-1]["loss_d"] == logs[1][-1]["loss_d"]
+
+
+def test_a_second_process_compiles_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    options = dict(resolution=8, batch=4, z_dim=6, ngf=4, ndf=4, device="cpu", precision="fp32")
+    assert precompile.start(make_config("dcgan", **options)) is None
+    helper = precompile.start(make_config("dcgan", **options, compile=True))
+    assert helper is not None
+    assert helper.wait() == 0
+    graphs = [p for p in tmp_path.rglob("*") if p.is_file() and "fxgraph" in str(p)]
+    assert graphs
+    command = [*TINY["dcgan"].split(), *SMALL.split(), "--kimg", "0.004", "--run-dir", str(tmp_path / "run")]
+    trained = subprocess.run(
+        [sys.executable, "-m", "fastgan.train", *command, "--dropout", "0", "--g-lr", "0.0002", "--compile"],
+        capture_output=True,
+        text=True,
+    )
+    assert trained.returncode == 0, trained.stderr
+    assert "compiled G" in trained.stdout
+    after = {p for p in tmp_path.rglob("*") if p.is_file() and "fxgraph" in str(p)}
+    assert len(after) == 2 * len(graphs)  # D's came, G's was there
 
 
 def test_different_seeds_differ(tmp_path: Path):
