@@ -31,7 +31,7 @@ class Config:
 
     arch: str
     data: str = _option("digits", "'digits' (embedded) or a folder of images; its sub-folders are classes")
-    resolution: int = _option(32, "side of the images in pixels")
+    resolution: int = _option(16, "side of the images in pixels")
     channels: int = _option(3, "channels of the images", choices=(1, 3))
     crop: str = _option("none", "how images that are not square are cut", choices=("none", "center"))
     mirror: bool = _option(False, "flip half of the images horizontally")
@@ -121,16 +121,17 @@ class Config:
 # The recipes, sized for the embedded digits on two CPU cores.
 PRESETS: dict[str, dict[str, Any]] = {
     "stylegan": {
+        "batch": 16,
         "z_dim": 64,
         "w_dim": 64,
         "mapping_layers": 2,
         "channel_base": 512,
         "channel_max": 64,
-        "g_lr": 0.0025,
-        "d_lr": 0.0025,
-        "r1": 0.1,
-        "pl": 2.0,
-        "ema_kimg": 5.0,
+        "g_lr": 0.008,
+        "d_lr": 0.008,
+        "r1": 0.4,
+        "pl": 0.5,
+        "ema_kimg": 2.0,
     },
     "dcgan": {
         "z_dim": 100,
