@@ -134,12 +134,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ema_kimg": 2.0,
     },
     "dcgan": {
+        "resolution": 32,
+        "batch": 32,
+        "kimg": 250.0,
         "z_dim": 100,
-        "g_lr": 0.0002,
-        "d_lr": 0.0002,
+        "ngf": 32,
+        "ndf": 32,
+        "g_lr": 0.002,
+        "d_lr": 0.001,
         "beta1": 0.5,
         "beta2": 0.999,
+        "r1": 0.3,
+        "r1_every": 4,
         "ema_kimg": 5.0,
+        "tick_kimg": 10.0,
+        "checkpoint_kimg": 50.0,
     },
 }
 
