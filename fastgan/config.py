@@ -59,8 +59,8 @@ class Config:
     ema_kimg: float = _option(10.0, "half-life of the generator's moving average in thousands of images")
     ema_rampup: float = _option(0.05, "half-life at most this share of the images seen; 0: no ramp-up")
 
-    z_dim: int = _option(512, "dimensions of the latent z")
-    w_dim: int = _option(512, "dimensions of the latent w", _STYLEGAN)
+    z_dim: int = _option(512, "dimensions of the latent z (stylegan: --channel-max if not given)")
+    w_dim: int = _option(512, "dimensions of the latent w (--channel-max if not given)", _STYLEGAN)
     mapping_layers: int = _option(8, "layers of the mapping network", _STYLEGAN)
     channel_base: int = _option(
         32768, "channels at resolution r: min(channel base / r, channel max)", _STYLEGAN
@@ -122,8 +122,6 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "stylegan": {
         "batch": 16,
-        "z_dim": 64,
-        "w_dim": 64,
         "mapping_layers": 2,
         "channel_base": 512,
         "channel_max": 64,
@@ -176,7 +174,10 @@ def make_config(arch: str, **given: Any) -> Config:
                 f"{flag(name)} does not apply to --arch {arch}, only to "
                 + ", ".join(fields[name].metadata["archs"])
             )
-    return Config(arch=arch, **PRESETS[arch] | given)
+    options = PRESETS[arch] | given
+    if arch == "stylegan":  # the paper's latents are as wide as its widest layer
+        options = {"z_dim": options["channel_max"], "w_dim": options["channel_max"]} | options
+    return Config(arch=arch, **options)
 
 
 def changed_fields(old: dict[str, Any], new: Config) -> list[str]:

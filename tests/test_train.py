@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from fastgan import compiled, generate, precompile, train
 from fastgan.checkpoint import checkpoints, load_tensors
-from fastgan.config import PRESETS, Config, UsageError, make_config
+from fastgan.config import PRESETS, Config, UsageError, build_networks, make_config
 from fastgan.images import grid, to_uint8
 
 TINY = {
@@ -337,6 +337,15 @@ def test_presets_are_whole():
     for arch in PRESETS:
         config = make_config(arch)
         assert dataclasses.replace(config, kimg=0.001).images == config.batch
+    paper = make_config(
+        "stylegan", resolution=64, channel_base=16384, channel_max=512, mapping_layers=8, batch=8
+    )
+    example = make_config("dcgan", resolution=64, z_dim=100, ngf=64, ndf=64)
+    with torch.device("meta"):
+        sizes = [
+            [sum(p.numel() for p in net.parameters()) for net in build_networks(c)] for c in (paper, example)
+        ]
+    assert sizes == [[23_819_544, 23_407_361], [3_576_704, 2_765_568]]
     with pytest.raises(UsageError, match="r1"):
         make_config("dcgan", r1=-1.0)
 

@@ -61,9 +61,9 @@ class Generator(nn.Module):
             layers.append(nn.ConvTranspose2d(fan_in, fan_out, kernel, 2, padding, extra, bias=False))
         self.main = nn.Sequential(*layers, nn.Tanh())
         self.apply(_init)
-        # In training D has no biases and normalises every layer, so it cannot tell x from a multiple of x, and
-        # nothing but the start decides how far tanh is driven: unit normal images, as data of -1 and 1 are,
-        # instead of the gray ones that 0.02 makes. Half of a ReLU's inputs are zero; stride 2 leaves kernel^2 / 4.
+        # D has no biases and normalises its layers: in training it cannot tell x from a multiple of x, so how
+        # far tanh is driven is left to the start. This makes inputs of unit variance to it, for the contrast of
+        # data in -1..1; 0.02 makes gray pictures. Half of a ReLU's inputs are zero, stride 2 leaves kernel^2 / 4.
         nn.init.normal_(layers[-1].weight, 0.0, (widths[-1] * kernel**2 / 8) ** -0.5)
 
     def forward(self, z: Tensor) -> Tensor:
