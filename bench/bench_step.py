@@ -38,7 +38,7 @@ def configs():
             yield pytest.param(config, id=named(case, config))
 
 
-@pytest.mark.parametrize("config", configs())
+@pytest.mark.parametrize("config", list(configs()))
 def test_training_iteration(benchmark, config: Config):
     _, device = resolve_device(config)
     engine = Engine(config, device)

@@ -54,17 +54,20 @@ class Generator(nn.Module):
         self.z_dim = self.normals = nz
         self.dtype = dtype
         widths = [ngf << i for i in range(doublings - 1, -1, -1)]
-        layers: list[nn.Module] = [nn.ConvTranspose2d(nz, widths[0], start, 1, 0, bias=False)]
+        conv = nn.ConvTranspose2d(nz, widths[0], start, 1, 0, bias=False)
+        layers: list[nn.Module] = [conv]
         for fan_in, fan_out in zip(widths, [*widths[1:], channels], strict=True):
             layers += [nn.BatchNorm2d(fan_in), nn.ReLU()]
             padding, extra = (kernel - 1) // 2, kernel % 2
-            layers.append(nn.ConvTranspose2d(fan_in, fan_out, kernel, 2, padding, extra, bias=False))
+            conv = nn.ConvTranspose2d(fan_in, fan_out, kernel, 2, padding, extra, bias=False)
+            layers.append(conv)
         self.main = nn.Sequential(*layers, nn.Tanh())
         self.apply(_init)
-        # D has no biases and normalises its layers: in training it cannot tell x from a multiple of x, so how
-        # far tanh is driven is left to the start. This makes inputs of unit variance to it, for the contrast of
-        # data in -1..1; 0.02 makes gray pictures. Half of a ReLU's inputs are zero, stride 2 leaves kernel^2 / 4.
-        nn.init.normal_(layers[-1].weight, 0.0, (widths[-1] * kernel**2 / 8) ** -0.5)
+        # D has no biases and normalises its layers: in training it cannot tell x from a multiple of x, so
+        # how far tanh is driven is left to the start. This makes its inputs of unit variance, for the
+        # contrast of data in -1..1; with 0.02 pictures are gray for long. Half of a ReLU's inputs are zero,
+        # and stride 2 leaves kernel^2 / 4 taps for a pixel.
+        nn.init.normal_(conv.weight, 0.0, (widths[-1] * kernel**2 / 8) ** -0.5)
 
     def forward(self, z: Tensor) -> Tensor:
         return _run(self.main, z[:, :, None, None], self.dtype)
