@@ -72,6 +72,7 @@ class Config:
     ndf: int = _option(64, "channels of the discriminator's first layer", _DCGAN)
     kernel: int = _option(4, "kernel size", _DCGAN, choices=(4, 5))
     slope: float = _option(0.2, "slope of the discriminator's LeakyReLU", _DCGAN)
+    joint_batch: bool = _option(True, "real and fake images share the discriminator's BatchNorm", _DCGAN)
     dropout: float = _option(0.0, "dropout in the discriminator", _DCGAN)
 
     tick_kimg: float = _option(4.0, "a log line and sample grid every so many thousand images", mutable=True)
@@ -134,7 +135,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dcgan": {
         "resolution": 32,
         "batch": 32,
-        "kimg": 250.0,
+        "kimg": 200.0,
         "z_dim": 100,
         "ngf": 32,
         "ndf": 32,
@@ -220,7 +221,9 @@ def build_networks(config: Config) -> tuple[Generator, Discriminator]:
             dtype=dtype,
         )
     else:
-        D = dcgan.Discriminator(c.ndf, c.channels, c.resolution, c.kernel, c.slope, c.dropout, dtype)
+        D = dcgan.Discriminator(
+            c.ndf, c.channels, c.resolution, c.kernel, c.slope, c.dropout, c.joint_batch, dtype
+        )
     return G, D
 
 

@@ -54,20 +54,13 @@ class Generator(nn.Module):
         self.z_dim = self.normals = nz
         self.dtype = dtype
         widths = [ngf << i for i in range(doublings - 1, -1, -1)]
-        conv = nn.ConvTranspose2d(nz, widths[0], start, 1, 0, bias=False)
-        layers: list[nn.Module] = [conv]
+        layers: list[nn.Module] = [nn.ConvTranspose2d(nz, widths[0], start, 1, 0, bias=False)]
         for fan_in, fan_out in zip(widths, [*widths[1:], channels], strict=True):
             layers += [nn.BatchNorm2d(fan_in), nn.ReLU()]
             padding, extra = (kernel - 1) // 2, kernel % 2
-            conv = nn.ConvTranspose2d(fan_in, fan_out, kernel, 2, padding, extra, bias=False)
-            layers.append(conv)
+            layers.append(nn.ConvTranspose2d(fan_in, fan_out, kernel, 2, padding, extra, bias=False))
         self.main = nn.Sequential(*layers, nn.Tanh())
         self.apply(_init)
-        # D has no biases and normalises its layers: in training it cannot tell x from a multiple of x, so
-        # how far tanh is driven is left to the start. This makes its inputs of unit variance, for the
-        # contrast of data in -1..1; with 0.02 pictures are gray for long. Half of a ReLU's inputs are zero,
-        # and stride 2 leaves kernel^2 / 4 taps for a pixel.
-        nn.init.normal_(conv.weight, 0.0, (widths[-1] * kernel**2 / 8) ** -0.5)
 
     def forward(self, z: Tensor) -> Tensor:
         return _run(self.main, z[:, :, None, None], self.dtype)
@@ -78,7 +71,11 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images [N, channels, R, R] -> logits [N, 1]: strided convolutions, BatchNorm, LeakyReLU, dropout."""
+    """Images [N, channels, R, R] -> logits [N, 1]: strided convolutions, BatchNorm, LeakyReLU, dropout.
+
+    Without biases and behind BatchNorm, an image and a multiple of it look the same in a batch of their own,
+    and generated pictures stay gray. `joint_batch` has the phases normalise real and generated ones together.
+    """
 
     def __init__(
         self,
@@ -88,12 +85,14 @@ class Discriminator(nn.Module):
         kernel: int = 4,
         slope: float = 0.2,
         dropout: float = 0.0,
+        joint_batch: bool = True,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         _check_kernel(kernel)
         start, doublings = stages(resolution)
         self.dtype = dtype
+        self.joint_batch = joint_batch
         widths = [channels] + [ndf << i for i in range(doublings)]
         layers: list[nn.Module] = []
         for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
