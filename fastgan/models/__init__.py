@@ -7,7 +7,10 @@ Each has a Generator and a Discriminator. What the engine asks of a Generator:
     sample(normal [N, normals], uniform [N, uniforms]) -> (images [N, C, R, R], latents behind them)
     forward(z [N, z_dim]) -> images in about -1..1
 
-and of a Discriminator: forward(images) -> logits.
+and of a Discriminator:
+
+    joint_batch         whether its phases show it real and generated images in one batch
+    forward(images) -> logits
 """
 
 from fastgan.models import dcgan, stylegan
