@@ -27,7 +27,6 @@ from torch import Tensor
 # What autotuning may pick. Rows are pixels (forward) or output channels (weight gradient).
 CONV_CONFIGS = [
     {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
-    {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
     {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
     {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
     {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
@@ -285,17 +284,17 @@ def _weight_kernel(
         i_gy, i_gx = i_p // g_width, i_p % g_width
         i_y, i_x = i_gy * DOWN + u_y - pad_y, i_gx * DOWN + u_x - pad_x
         m_in = m_p & (i_y >= 0) & (i_y < in_h) & (i_x >= 0) & (i_x < in_w)
-        p_gk = p_g + i_b * g_n + (i_gy * g_h + i_gx * g_w)[:, None] + o_g[None, :] * g_c
-        g = tl.load(p_gk, m_p[:, None] & m_g[None, :], 0.0)
+        p_gk = p_g + i_b * g_n + (i_gy * g_h + i_gx * g_w)[None, :] + o_g[:, None] * g_c
+        g = tl.load(p_gk, m_p[None, :] & m_g[:, None], 0.0)
         p_xk = p_x + i_b * x_n + (i_y * x_h + i_x * x_w)[:, None] + o_x[None, :] * x_c
         x = tl.load(p_xk, m_in[:, None] & m_x[None, :], 0.0)
         if p_s_g is not None:
-            s = tl.load(p_s_g + i_b * s_g_n + o_g * s_g_c, m_g, 0.0)[None, :]
+            s = tl.load(p_s_g + i_b * s_g_n + o_g * s_g_c, m_g, 0.0)[:, None]
             g = (g.to(ACC) * s.to(ACC)).to(g.dtype)
         if p_s_x is not None:
             s = tl.load(p_s_x + i_b * s_x_n + o_x * s_x_c, m_x, 0.0)[None, :]
             x = (x.to(ACC) * s.to(ACC)).to(x.dtype)
-        acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = tl.dot(g, x, acc, input_precision=PRECISION, out_dtype=ACC)
     if FLIP:
         u_y, u_x = KH - 1 - u_y, KW - 1 - u_x
     o_dw = u_y * dw_h + u_x * dw_w + o_g[:, None] * dw_g + o_x[None, :] * dw_x
