@@ -98,7 +98,7 @@ def recall(device: torch.device, key: str) -> Any:
         try:
             stored = json.loads(file.read_text())
             if not isinstance(stored, dict):
-                raise ValueError(f"expected a JSON object, found {type(stored).__name__}")
+                raise ValueError(f"expected a JSON object, found {type(stored).__name__}")  # noqa: TRY004
             _remembered[file] = stored
         except FileNotFoundError:
             pass
@@ -221,7 +221,7 @@ class Op:
     """An operation's candidates, all called with the same positional arguments.
 
     `candidates` maps names to functions and holds "reference" and at least one other, the preferred first.
-    `sample(dtype, device, key, small)` makes arguments of a shape class: `key` is what `__call__` was given,
+    `sample(dtype, device, key, small)` makes arguments of a shape class: `key` is what `__call__`'s `key()` returned,
     small ones to verify with, or full ones to time with; floating tensors that require grad are verified to
     `order`.
     """
@@ -238,7 +238,12 @@ class Op:
         self.sample = sample
         self.order = order
         self.verdicts: dict[tuple, str] = {}
-        self.decide = torch.compiler.assume_constant_result(self._decide)
+
+        @torch.compiler.assume_constant_result
+        def decide(dtype: torch.dtype, device: torch.device, key: Any) -> str:
+            return self._decide(dtype, device, key)
+
+        self.decide = decide
 
     @property
     def preferred(self) -> str:
@@ -262,12 +267,14 @@ class Op:
             )
         return name
 
-    def __call__(self, x: Tensor, *rest: Any, key: Any = (), impl: str | None = None) -> Any:
-        """Run the operation on (x, *rest). `key`, hashable and constant, is the shape class beside the dtype."""
+    def __call__(
+        self, x: Tensor, *rest: Any, key: Callable[[], Hashable] = tuple, impl: str | None = None
+    ) -> Any:
+        """Run the operation on (x, *rest). `key()`, made of constants, is the shape class beside the dtype."""
         name = self.forced(impl, x.device)
         if name is None:
             if x.device.type == "cuda":
-                name = self.decide(x.dtype, x.device, key)
+                name = self.decide(x.dtype, x.device, key())
             elif interpreting() and x.dtype != torch.bfloat16:  # the interpreter truncates bfloat16
                 name = self.preferred
             else:
@@ -315,7 +322,7 @@ class Op:
                 continue
             try:
                 problem = disagreement(candidate, self.candidates["reference"], args, self.order)
-            except Exception as error:  # a kernel that does not build on this device must not stop training
+            except Exception as error:  # noqa: BLE001 - a kernel that does not build here must not stop training
                 problem = f"{type(error).__name__}: {error}"
             if problem is None:
                 right.append(name)

@@ -141,7 +141,7 @@ def measure(op: str, build: Build, arch: str) -> Result:
     result = Result(op, build.name, arch, shared_limit=SHARED_LIMIT[arch], least_bytes=build.least)
     try:
         compiled = _compile(build, arch)
-    except Exception as error:  # whatever the compiler raises is the finding
+    except Exception as error:  # noqa: BLE001 - whatever the compiler raises is the finding
         result.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         return result
     text, result.registers = _machine_code(compiled)
