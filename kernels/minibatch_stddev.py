@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def minibatch_stddev_ref(x: Tensor, group_size: int, num_channels: int) -> Tensor:
-    n, c, h, w = x.shape
+    c, h, w = x.shape[1:]
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     y = y.reshape(group_size, -1, num_channels, c // num_channels, h, w)
     y = (y.var(dim=0, correction=0) + 1e-8).sqrt().mean(dim=[2, 3, 4])  # [n / group_size, num_channels]
