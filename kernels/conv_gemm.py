@@ -20,37 +20,38 @@ No kernel uses atomics: partial sums go to memory and are added in a fixed order
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from fastgan.kernels.dispatch import Build, bucket, jit, tl, tuned
 
 # What autotuning may pick. Rows are pixels (forward) or output channels (weight gradient).
 CONV_CONFIGS = [
     {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
     {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
-    {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
     {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
     {"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
     {"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
 ]
 WEIGHT_CONFIGS = [
     {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
-    {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
     {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
     {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3},
     {"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
 ]
 WEIGHT_PROGRAMS = 512  # enough to fill a GPU; the weight gradient splits its sum over pixels to get there
+MAX_REGISTERS = (
+    232  # from sm_100 on, the assembler spills a few registers for occupancy unless it is told a number
+)
 PIECEWISE_LINEAR = {"linear": 1.0, "relu": 0.0, "lrelu": 0.2}  # slope below zero; alpha replaces lrelu's
 
 
-@triton.jit
+@jit
 def _tap(i_t, phase, pad, K: tl.constexpr, UP: tl.constexpr):
     """Tap number of the i_t-th one that this phase visits."""
     return ((pad - phase) % UP + UP) % UP + i_t * UP
 
 
-@triton.jit
+@jit
 def _conv_kernel(
     p_x,
     p_w,
@@ -158,11 +159,7 @@ def _conv_kernel(
         o_w = u_y * w_h + u_x * w_w + o_c[:, None] * w_c + o_out[None, :] * w_o
         b = tl.load(p_w + o_w, m_c[:, None] & m_out[None, :], 0.0)
         if p_s_in is not None:
-            if PER_IMAGE:
-                s = tl.load(p_s_in + i_b * s_in_n + o_c * s_in_c, m_c, 0.0)[None, :]
-            else:
-                o_s = image[:, None] * s_in_n + o_c[None, :] * s_in_c
-                s = tl.load(p_s_in + o_s, m_row[:, None] & m_c[None, :], 0.0)
+            s = tl.load(p_s_in + i_b * s_in_n + o_c * s_in_c, m_c, 0.0)[None, :]
             a = (a.to(ACC) * s.to(ACC)).to(a.dtype)
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
 
@@ -198,7 +195,7 @@ def _conv_kernel(
     tl.store(p_y + o_y, acc.to(p_y.dtype.element_ty), m_y)
 
 
-@triton.jit
+@jit
 def _stats_kernel(
     p_count, p_stats, p_mean, p_var, tiles, channels, total, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
 ):
@@ -223,7 +220,7 @@ def _stats_kernel(
     tl.store(p_var + o_c, tl.sum(squares, 0) / total, m_c)
 
 
-@triton.jit
+@jit
 def _weight_kernel(
     p_x,
     p_g,
@@ -310,14 +307,24 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype != torch.float32 or torch.backends.cudnn.allow_tf32 else "ieee"
 
 
-def _default(configs: list[dict], rows: int, columns: int) -> dict:
-    """The configuration that pads the product least; of those, the one with the largest tile."""
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _options(config: dict, device: torch.device) -> dict:
+    capped = device.type == "cuda" and torch.version.hip is None
+    capped = capped and torch.cuda.get_device_capability(device)[0] >= 10
+    return {**config, "maxnreg": MAX_REGISTERS} if capped else config
+
+
+def _by_padding(configs: list[dict], rows: int, columns: int) -> list[dict]:
+    """The configurations that pad the product least first; of equals, the one with the largest tile."""
 
     def cost(config: dict) -> tuple[int, int]:
         m, n = config["BLOCK_M"], config["BLOCK_N"]
-        return triton.cdiv(rows, m) * m * triton.cdiv(columns, n) * n, -m * n
+        return _cdiv(rows, m) * m * _cdiv(columns, n) * n, -m * n
 
-    return min(configs, key=cost)
+    return sorted(configs, key=cost)
 
 
 def _scale_strides(s: Tensor | None) -> tuple[int, int]:
@@ -364,28 +371,29 @@ def launch_conv(
     n, c_in, h, width = x.shape
     c_out, _, kh, kw = w.shape
     y = _empty(x, c_out, out_h, out_w)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(x.dtype, torch.float32)
     if y.numel() == 0:
         nothing = x.new_full((c_out,), float("nan"), dtype=wide) if stats else None
         return y, nothing, nothing
     if 1 not in w.stride()[:2]:  # channels adjacent: for this product, or for its adjoint's transposed view
         w = w.contiguous(memory_format=torch.channels_last)
-    pixels = triton.cdiv(out_h, up) * triton.cdiv(out_w, up)
-    config = config or _default(CONV_CONFIGS, n * pixels, c_out)
-    b_m, b_n = config["BLOCK_M"], config["BLOCK_N"]
-    per_image = pixels >= b_m
-    m_tiles = n * triton.cdiv(pixels, b_m) if per_image else triton.cdiv(n * pixels, b_m)
-    tiles = m_tiles * up**2
-    count = x.new_empty((tiles,), dtype=torch.int32) if stats else None
-    partial = x.new_empty((tiles, 2, c_out), dtype=wide) if stats else None
-    with torch.cuda.device_of(x):
-        _conv_kernel[(tiles * triton.cdiv(c_out, b_n),)](
-            x,
+    pixels = _cdiv(out_h, up) * _cdiv(out_w, up)
+    tensors = (s_out, noise, bias)
+
+    def launch(config: dict) -> tuple[Tensor | None, Tensor | None, int]:
+        b_m, b_n = config["BLOCK_M"], config["BLOCK_N"]
+        per_image = pixels >= b_m
+        tiles = (n * _cdiv(pixels, b_m) if per_image else _cdiv(n * pixels, b_m)) * up**2
+        count = x.new_empty((tiles,), dtype=torch.int32) if stats else None
+        partial = x.new_empty((tiles, 2, c_out), dtype=wide) if stats else None
+        # A tile of several images would gather its scales; so small an image is scaled beforehand.
+        before = s_in is not None and not per_image
+        image = (x.to(wide) * s_in[:, :, None, None]).to(x.dtype) if before else x
+        _conv_kernel[(tiles * _cdiv(c_out, b_n),)](
+            image,
             w,
-            s_in,
-            s_out,
-            noise,
-            bias,
+            None if before else s_in,
+            *tensors,
             y,
             count,
             partial,
@@ -396,7 +404,7 @@ def launch_conv(
             c_out,
             out_h,
             out_w,
-            *x.stride(),
+            *image.stride(),
             *w.stride(),
             *y.stride(),
             *_scale_strides(s_in),
@@ -404,7 +412,7 @@ def launch_conv(
             *_noise_strides(noise),
             pad_y,
             pad_x,
-            PIECEWISE_LINEAR[act] if act != "lrelu" else alpha,
+            alpha if act == "lrelu" else PIECEWISE_LINEAR[act],
             gain,
             0.0 if clamp is None else clamp,
             KH=kh,
@@ -417,12 +425,19 @@ def launch_conv(
             PER_IMAGE=per_image,
             ACC=_accumulator(x.dtype),
             PRECISION=_precision(x.dtype),
-            **config,
+            **_options(config, x.device),
         )
+        return count, partial, tiles
+
+    with torch.cuda.device_of(x):
+        configs = [config] if config else _by_padding(CONV_CONFIGS, n * pixels, c_out)
+        key = (x.dtype, bucket(n * pixels), c_in, c_out, kh, up, down, x.stride(1) == 1, stats)
+        key = (*key, *(t is None for t in (s_in, *tensors)))
+        count, partial, tiles = launch(tuned("conv_gemm", key, configs, launch, x.device))
         if not stats:
             return y, None, None
         mean, var = x.new_empty((c_out,), dtype=wide), x.new_empty((c_out,), dtype=wide)
-        _stats_kernel[(triton.cdiv(c_out, 16),)](
+        _stats_kernel[(_cdiv(c_out, 16),)](
             count, partial, mean, var, tiles, c_out, n * out_h * out_w, BLOCK_T=64, BLOCK_C=16
         )
     return y, mean, var
@@ -450,15 +465,14 @@ def launch_weight(
     ):  # the same sum over pairs of pixels, seen from x: the image is g and the strides those of `down`
         x, g, s_in, s_out, dw_g, dw_x = g, x, s_out, s_in, dw_x, dw_g
         down, pad_y, pad_x, flip = up, kh - 1 - pad_y, kw - 1 - pad_x, not flip
-    config = config or _default(WEIGHT_CONFIGS, g.shape[1], x.shape[1])
-    tiles = triton.cdiv(g.shape[1], config["BLOCK_M"]) * triton.cdiv(x.shape[1], config["BLOCK_N"])
-    blocks = x.shape[0] * triton.cdiv(g.shape[2] * g.shape[3], config["BLOCK_K"])
-    splits = min(max(WEIGHT_PROGRAMS // (tiles * kh * kw), 1), blocks)
-    split_blocks = triton.cdiv(blocks, splits)
-    splits = triton.cdiv(blocks, split_blocks)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    partial = dw if splits == 1 else dw.new_empty((splits, dw.numel()), dtype=wide)
-    with torch.cuda.device_of(x):
+    wide = torch.promote_types(x.dtype, torch.float32)
+
+    def launch(config: dict) -> Tensor:
+        tiles = _cdiv(g.shape[1], config["BLOCK_M"]) * _cdiv(x.shape[1], config["BLOCK_N"])
+        blocks = x.shape[0] * _cdiv(g.shape[2] * g.shape[3], config["BLOCK_K"])
+        split_blocks = _cdiv(blocks, min(max(WEIGHT_PROGRAMS // (tiles * kh * kw), 1), blocks))
+        splits = _cdiv(blocks, split_blocks)
+        partial = dw if splits == 1 else dw.new_empty((splits, dw.numel()), dtype=wide)
         _weight_kernel[(tiles, kh * kw, splits)](
             x,
             g,
@@ -490,11 +504,15 @@ def launch_weight(
             FLIP=flip,
             ACC=_accumulator(x.dtype),
             PRECISION=_precision(x.dtype),
-            **config,
+            **_options(config, x.device),
         )
-    if splits == 1:
-        return dw
-    return partial.sum(0).to(dw.dtype).as_strided(dw.shape, dw.stride())
+        return dw if splits == 1 else partial.sum(0).to(dw.dtype).as_strided(dw.shape, dw.stride())
+
+    with torch.cuda.device_of(x):
+        configs = [config] if config else _by_padding(WEIGHT_CONFIGS, g.shape[1], x.shape[1])
+        key = (x.dtype, bucket(g.shape[0] * g.shape[2] * g.shape[3]), g.shape[1], x.shape[1], kh, down)
+        key = (*key, x.stride(1) == 1, g.stride(1) == 1, s_in is None, s_out is None)
+        return launch(tuned("conv_gemm_weight", key, configs, launch, x.device))
 
 
 @torch.library.custom_op("fastgan::conv_gemm", mutates_args=())
@@ -623,7 +641,7 @@ def _backward(ctx, g):
         z = z if bias is None else z - bias.to(z.dtype)[:, None, None]
         gs_out = (_pixel_sum(g, z, s_out) / s_out).to(s_out.dtype)
     if noise is not None and needs[4]:
-        gnoise = g.sum_to_size((*g.shape[:1], 1, *g.shape[2:])).sum_to_size(noise.shape).to(noise.dtype)
+        gnoise = g.sum(1, keepdim=True).sum_to_size(noise.shape).to(noise.dtype)
     if bias is not None and needs[5]:
         gbias = g.sum([0, 2, 3]).to(bias.dtype)
     return gx, gw, gs_in, gs_out, gnoise, gbias, None, None, None, None, None, None
@@ -669,3 +687,41 @@ def _backward_weight(ctx, v):
 
 
 conv_gemm_weight.register_autograd(_backward_weight, setup_context=_save_weight)
+
+
+def _builds(
+    label: str, kernel, configs: list[dict], dtype: str, absent: Sequence[str], **flags
+) -> list[Build]:
+    """Builds for channels_last images whose channel counts are multiples of 16."""
+    ones = {"x_c", "y_c", "g_c", "w_c", "s_in_c", "s_out_c", "s_x_c", "s_g_c", "noise_w"}
+    odd = ("batch", "in_h", "in_w", "out_h", "out_w", "g_height", "g_width", "pad_y", "pad_x", "split_blocks")
+    types = {"p_count": "*i32", "alpha": "fp32", "gain": "fp32", "clamp": "fp32"}
+    types |= dict.fromkeys(("p_x", "p_w", "p_y", "p_g"), f"*{dtype}")
+    constants = {n: 1 for n in kernel.arg_names if n in ones} | dict.fromkeys(absent) | flags
+    constants |= {"ACC": tl.float32, "PRECISION": "tf32"}
+    builds = []
+    for config in configs:
+        blocks = {k: v for k, v in config.items() if k.startswith("BLOCK")}
+        fixed = constants | blocks
+        pointer = ("*fp32" if n.startswith("p_") else "i32" for n in kernel.arg_names)
+        signature = {
+            n: types.get(n, t) for n, t in zip(kernel.arg_names, pointer, strict=True) if n not in fixed
+        }
+        name = f"{label} {dtype} {'x'.join(str(v) for v in blocks.values())}"
+        unaligned = tuple(n for n in signature if n in odd)
+        warps, stages = config["num_warps"], config["num_stages"]
+        builds.append(
+            Build(name, kernel, signature, fixed, warps, stages, unaligned=unaligned, registers=MAX_REGISTERS)
+        )
+    return builds
+
+
+def conv_builds(label: str, dtype: str, absent: Sequence[str] = (), **flags) -> list[Build]:
+    """The forward kernel in all its configurations, without the operands `absent`, for `offline`."""
+    plain = dict(KH=3, KW=3, UP=1, DOWN=1, FLIP=False, ACTIVATE=False, CLAMP=False, PER_IMAGE=True)
+    return _builds(label, _conv_kernel, CONV_CONFIGS, dtype, absent, **(plain | flags))
+
+
+def weight_builds(label: str, dtype: str, absent: Sequence[str] = ()) -> list[Build]:
+    flags = dict(KH=3, KW=3, DOWN=1, FLIP=False)
+    return _builds(label, _weight_kernel, WEIGHT_CONFIGS, dtype, absent, **flags)

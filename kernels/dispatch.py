@@ -45,7 +45,8 @@ class Build(NamedTuple):
 
     `signature` maps every runtime argument to its Triton type ("*bf16", "i32", ...); those in `unaligned` are
     not taken to be multiples of 16. `elements` is the number of results that one pass over the kernel's body
-    makes, `least` the bytes per result that any implementation has to move.
+    makes, `least` the bytes per result that any implementation has to move. `registers` caps those of a thread
+    from sm_100 on (0: no cap).
     """
 
     name: str
@@ -57,6 +58,7 @@ class Build(NamedTuple):
     elements: int = 0
     least: float = 0.0
     unaligned: tuple[str, ...] = ()
+    registers: int = 0
 
 
 def interpreting() -> bool:

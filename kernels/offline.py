@@ -105,6 +105,8 @@ def _compile(build: Build, arch: str) -> Any:
         build.kernel, signature, build.constexprs, {(i,): [["tt.divisibility", 16]] for i in aligned}
     )
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
+    if build.registers and arch.startswith("sm_1"):
+        options["maxnreg"] = build.registers
     return triton.compile(source, target=_target(arch), options=options)
 
 
