@@ -354,7 +354,7 @@ def _launch(
             CLAMP=clamp,
             ACT=act,
             CHANNELS_LAST=inner == 1,
-            GROUP=group_of(inner, channels),
+            GROUP=group_of(channels if inner == 1 else inner),
             BLOCK=block,
             num_warps=warps,
         )

@@ -27,9 +27,9 @@ def like(g: Tensor, x: Tensor) -> Tensor:
     return g.contiguous()
 
 
-def group_of(inner: int, channels: int) -> int:
-    """How many consecutive offsets share one channel, or run along the channels: 8, else 1."""
-    return 8 if (channels if inner == 1 else inner) % 8 == 0 else 1
+def group_of(run: int) -> int:
+    """Offsets handled as one: 8 when they share a channel, or run along the channels, in groups of 8; else 1."""
+    return 8 if run % 8 == 0 else 1
 
 
 def splits_of(positions: int, programs: int, block: int) -> tuple[int, int]:
