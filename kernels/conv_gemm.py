@@ -716,12 +716,13 @@ def _builds(
     return builds
 
 
-def conv_builds(label: str, dtype: str, absent: Sequence[str] = (), **flags) -> list[Build]:
+def conv_builds(label: str, dtype: str, absent: Sequence[str], activate: bool, **flags) -> list[Build]:
     """The forward kernel in all its configurations, without the operands `absent`, for `offline`."""
-    plain = dict(KH=3, KW=3, UP=1, DOWN=1, FLIP=False, ACTIVATE=False, CLAMP=False, PER_IMAGE=True)
-    return _builds(label, _conv_kernel, CONV_CONFIGS, dtype, absent, **(plain | flags))
+    flags = {"KH": 3, "KW": 3, "UP": 1, "DOWN": 1, "FLIP": False, "PER_IMAGE": True} | flags
+    flags |= {"ACTIVATE": activate, "CLAMP": activate}
+    return _builds(label, _conv_kernel, CONV_CONFIGS, dtype, absent, **flags)
 
 
 def weight_builds(label: str, dtype: str, absent: Sequence[str] = ()) -> list[Build]:
-    flags = dict(KH=3, KW=3, DOWN=1, FLIP=False)
+    flags = {"KH": 3, "KW": 3, "DOWN": 1, "FLIP": False}
     return _builds(label, _weight_kernel, WEIGHT_CONFIGS, dtype, absent, **flags)
