@@ -615,6 +615,54 @@ def _gradients(x, w, s_in, s_out, g, geometry, flip, needs_x, needs_w, needs_s_i
     return gx, gw, gs_in
 
 
+@torch.library.custom_op("fastgan::conv_gemm_undo", mutates_args=())
+def conv_gemm_undo(
+    y: Tensor,
+    noise: Tensor | None,
+    bias: Tensor | None,
+    x: Tensor,
+    w: Tensor,
+    s_in: Tensor | None,
+    s_out: Tensor,
+    geometry: Sequence[int],
+    flip: bool,
+    slope: float,
+    gain: float,
+) -> Tensor:
+    """z = s_out * conv(s_in * x, w), which no one kept, from `conv_gemm`'s output y.
+
+    Undefined where y is clamped or the slope is 0: the cotangent of z's partner is 0 there. Its derivatives are
+    those of the convolution.
+    """
+    z = y * torch.where(y > 0, 1 / gain, 1 / (gain * (slope or 1.0))).to(y.dtype)
+    if noise is not None:
+        z -= noise
+    if bias is not None:
+        z -= bias[:, None, None]
+    return z
+
+
+@conv_gemm_undo.register_fake
+def _(y, noise, bias, x, w, s_in, s_out, geometry, flip, slope, gain):
+    return torch.empty_like(y)
+
+
+def _save_undo(ctx, inputs, output):
+    _, _, _, x, w, s_in, s_out, ctx.geometry, ctx.flip, _, _ = inputs
+    ctx.save_for_backward(x, w, s_in, s_out, output)
+
+
+def _backward_undo(ctx, g):
+    x, w, s_in, s_out, z = ctx.saved_tensors
+    needs = ctx.needs_input_grad[3:7]
+    gx, gw, gs_in = _gradients(x, w, s_in, s_out, g, ctx.geometry, ctx.flip, *needs[:3])
+    gs_out = (_pixel_sum(g, z, s_out) / s_out).to(s_out.dtype) if needs[3] else None
+    return None, None, None, gx, gw, gs_in, gs_out, None, None, None, None
+
+
+conv_gemm_undo.register_autograd(_backward_undo, setup_context=_save_undo)
+
+
 def _save(ctx, inputs, output):
     x, w, s_in, s_out, noise, bias, ctx.geometry, ctx.flip, act, alpha, ctx.gain, ctx.clamp = inputs
     ctx.slope = PIECEWISE_LINEAR[act] if act != "lrelu" else alpha
@@ -635,10 +683,7 @@ def _backward(ctx, g):
     gx, gw, gs_in = _gradients(x, w, s_in, s_out, g, ctx.geometry, ctx.flip, needs[0], needs[1], needs[2])
     gs_out = gnoise = gbias = None
     if s_out is not None and needs[3]:
-        # The convolution itself is not kept: undo the epilogue. Where that cannot be (clamped, slope 0), g is 0.
-        z = y if ctx.plain else y * torch.where(y > 0, 1 / ctx.gain, 1 / (ctx.gain * (ctx.slope or 1.0)))
-        z = z if noise is None else z - noise.to(z.dtype)
-        z = z if bias is None else z - bias.to(z.dtype)[:, None, None]
+        z = conv_gemm_undo(y, noise, bias, x, w, s_in, s_out, ctx.geometry, ctx.flip, ctx.slope, ctx.gain)
         gs_out = (_pixel_sum(g, z, s_out) / s_out).to(s_out.dtype)
     if noise is not None and needs[4]:
         gnoise = g.sum(1, keepdim=True).sum_to_size(noise.shape).to(noise.dtype)
