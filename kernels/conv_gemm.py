@@ -90,15 +90,13 @@ def _conv_kernel(
     noise_w,
     pad_y,
     pad_x,
-    alpha,
-    gain,
-    clamp,
     KH: tl.constexpr,
     KW: tl.constexpr,
     UP: tl.constexpr,
     DOWN: tl.constexpr,
     FLIP: tl.constexpr,
-    ACTIVATE: tl.constexpr,
+    ALPHA: tl.constexpr,
+    GAIN: tl.constexpr,
     CLAMP: tl.constexpr,
     PER_IMAGE: tl.constexpr,
     ACC: tl.constexpr,
@@ -185,10 +183,9 @@ def _conv_kernel(
         tl.store(p_count + tile, count)
         tl.store(p_stats + tile * 2 * c_out + o_out, total, m_out)
         tl.store(p_stats + (tile * 2 + 1) * c_out + o_out, tl.sum(delta * delta, 0), m_out)
-    if ACTIVATE:
-        acc = tl.where(acc > 0, acc, acc * alpha) * gain
-        if CLAMP:
-            acc = tl.minimum(tl.maximum(acc, -clamp), clamp)
+    acc = tl.where(acc > 0, acc, acc * ALPHA) * GAIN
+    if CLAMP is not None:
+        acc = tl.minimum(tl.maximum(acc, -CLAMP), CLAMP)
     o_y = (i_oy * y_h + i_ox * y_w)[:, None] + o_out[None, :] * y_c
     if not PER_IMAGE:
         o_y += (image * y_n)[:, None]
@@ -412,16 +409,14 @@ def launch_conv(
             *_noise_strides(noise),
             pad_y,
             pad_x,
-            alpha if act == "lrelu" else PIECEWISE_LINEAR[act],
-            gain,
-            0.0 if clamp is None else clamp,
             KH=kh,
             KW=kw,
             UP=up,
             DOWN=down,
             FLIP=flip,
-            ACTIVATE=act != "linear" or gain != 1 or clamp is not None,
-            CLAMP=clamp is not None,
+            ALPHA=alpha if act == "lrelu" else PIECEWISE_LINEAR[act],
+            GAIN=gain,
+            CLAMP=clamp,
             PER_IMAGE=per_image,
             ACC=_accumulator(x.dtype),
             PRECISION=_precision(x.dtype),
@@ -740,8 +735,7 @@ def _builds(
     """Builds for channels_last images whose channel counts are multiples of 16."""
     ones = {"x_c", "y_c", "g_c", "w_c", "s_in_c", "s_out_c", "s_x_c", "s_g_c", "noise_w"}
     odd = ("batch", "in_h", "in_w", "out_h", "out_w", "g_height", "g_width", "pad_y", "pad_x", "split_blocks")
-    types = {"p_count": "*i32", "alpha": "fp32", "gain": "fp32", "clamp": "fp32"}
-    types |= dict.fromkeys(("p_x", "p_w", "p_y", "p_g"), f"*{dtype}")
+    types = {"p_count": "*i32"} | dict.fromkeys(("p_x", "p_w", "p_y", "p_g"), f"*{dtype}")
     constants = {n: 1 for n in kernel.arg_names if n in ones} | dict.fromkeys(absent) | flags
     constants |= {"ACC": tl.float32, "PRECISION": "tf32"}
     builds = []
@@ -764,7 +758,11 @@ def _builds(
 def conv_builds(label: str, dtype: str, absent: Sequence[str], activate: bool, **flags) -> list[Build]:
     """The forward kernel in all its configurations, without the operands `absent`, for `offline`."""
     flags = {"KH": 3, "KW": 3, "UP": 1, "DOWN": 1, "FLIP": False, "PER_IMAGE": True} | flags
-    flags |= {"ACTIVATE": activate, "CLAMP": activate}
+    flags |= (
+        {"ALPHA": 0.2, "GAIN": 1.5, "CLAMP": 256.0}
+        if activate
+        else {"ALPHA": 1.0, "GAIN": 1.0, "CLAMP": None}
+    )
     return _builds(label, _conv_kernel, CONV_CONFIGS, dtype, absent, **flags)
 
 

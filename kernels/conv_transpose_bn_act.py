@@ -49,7 +49,7 @@ def _normalize_kernel(
     n,
     n_channels,
     inner,
-    slope,
+    SLOPE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -59,7 +59,7 @@ def _normalize_kernel(
     m = o < n - base
     i_c = flat_channels(base, i_group, n_channels, inner, GROUP, CHANNELS_LAST)
     u = load(p_c + base + o, m) * tl.load(p_scale + i_c) + tl.load(p_shift + i_c)
-    tl.store(p_y + base + o, tl.where(u > 0, u, u * slope), mask=m)
+    tl.store(p_y + base + o, tl.where(u > 0, u, u * SLOPE), mask=m)
 
 
 @jit
@@ -75,7 +75,7 @@ def _reduce_kernel(
     n_channels,
     inner,
     per_split,
-    slope,
+    SLOPE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -95,7 +95,7 @@ def _reduce_kernel(
         o = tile_offsets(i_p, i_c, n_channels, inner, CHANNELS_LAST, WIDE)
         m = (i_p < end)[:, None] & m_c[None, :]
         u, c = load(p_g + o, m), load(p_c + o, m)
-        u = tl.where(c * scale[None, :] + shift[None, :] > 0, u, u * slope)
+        u = tl.where(c * scale[None, :] + shift[None, :] > 0, u, u * SLOPE)
         sum_u += u
         sum_uh += u * (c - mean[None, :]) * r[None, :]
     p_sums += i_split * 2 * n_channels + i_c
@@ -117,7 +117,7 @@ def _gradient_kernel(
     n_channels,
     inner,
     positions,
-    slope,
+    SLOPE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -129,7 +129,7 @@ def _gradient_kernel(
     i_c = flat_channels(base, i_group, n_channels, inner, GROUP, CHANNELS_LAST)
     scale = tl.load(p_scale + i_c)
     u, c = load(p_g + base + o, m), load(p_c + base + o, m)
-    u = tl.where(c * scale + tl.load(p_shift + i_c) > 0, u, u * slope)
+    u = tl.where(c * scale + tl.load(p_shift + i_c) > 0, u, u * SLOPE)
     h = (c - tl.load(p_mean + i_c)) * tl.load(p_r + i_c)
     projected = u - (tl.load(p_sums + i_c) + h * tl.load(p_sums + n_channels + i_c)) / positions
     tl.store(p_dc + base + o, scale * projected, mask=m)
@@ -149,10 +149,20 @@ def bn_lrelu(c: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, r: Tensor, sl
     if n == 0:
         return y
     scale, shift = _affine(gamma, beta, mean, r)
-    last, group = inner == 1, group_of(inner, channels)
+    last, group = inner == 1, group_of(channels if inner == 1 else inner)
     with torch.cuda.device_of(c):
         _normalize_kernel[(-(-n // BLOCK),)](
-            c, scale, shift, y, n, channels, inner, slope, CHANNELS_LAST=last, GROUP=group, BLOCK=BLOCK
+            c,
+            scale,
+            shift,
+            y,
+            n,
+            channels,
+            inner,
+            SLOPE=slope,
+            CHANNELS_LAST=last,
+            GROUP=group,
+            BLOCK=BLOCK,
         )
     return y
 
@@ -189,7 +199,7 @@ def bn_lrelu_backward(
             channels,
             inner,
             per_split,
-            slope,
+            SLOPE=slope,
             CHANNELS_LAST=last,
             WIDE=n >= 2**31,
             BLOCK_P=block_p,
@@ -206,9 +216,9 @@ def bn_lrelu_backward(
             channels,
             inner,
             positions,
-            slope,
+            SLOPE=slope,
             CHANNELS_LAST=last,
-            GROUP=group_of(inner, channels),
+            GROUP=group_of(channels if inner == 1 else inner),
             BLOCK=BLOCK,
         )
     return dc, sums[1].clone(), sums[0].clone()
@@ -542,9 +552,9 @@ def conv2d_bn_act(
 
 def _elementwise_builds() -> list[Build]:
     sizes = dict.fromkeys(("n", "n_channels", "inner", "positions", "n_positions", "per_split"), "i32")
-    types = sizes | dict.fromkeys(("p_g", "p_c", "p_y", "p_dc"), "*bf16") | {"slope": "fp32"}
-    flat = {"CHANNELS_LAST": True, "GROUP": 8, "BLOCK": BLOCK}
-    tiles = {"CHANNELS_LAST": True, "WIDE": False, "BLOCK_P": 32, "BLOCK_C": 64}
+    types = sizes | dict.fromkeys(("p_g", "p_c", "p_y", "p_dc"), "*bf16")
+    flat = {"SLOPE": 0.2, "CHANNELS_LAST": True, "GROUP": 8, "BLOCK": BLOCK}
+    tiles = {"SLOPE": 0.2, "CHANNELS_LAST": True, "WIDE": False, "BLOCK_P": 32, "BLOCK_C": 64}
     kernels = [
         ("batch norm and lrelu", _normalize_kernel, flat, BLOCK, 4),
         ("batch norm's reduction", _reduce_kernel, tiles, 0, 0),

@@ -61,7 +61,7 @@ class Case:
         )
         error = (value.detach().double() - expected.double()).abs().max().item() if expected.numel() else 0.0
         scale = expected.double().abs().max().item() if expected.numel() else 0.0
-        assert error <= tol * max(scale, 1e-12), (
+        assert error <= tol * max(scale, 1e-4), (  # what cancels to nothing leaves rounding
             f"{name}: error {error:.3g} over scale {scale:.3g}, tol {tol:.1g}"
         )
 
