@@ -610,6 +610,11 @@ def _gradients(x, w, s_in, s_out, g, geometry, flip, needs_x, needs_w, needs_s_i
     return gx, gw, gs_in
 
 
+def _by_sign(y: Tensor, positive: float, other: float) -> Tensor:
+    wide = torch.promote_types(y.dtype, torch.float32)
+    return torch.where(y > 0, y.new_full((), positive, dtype=wide), y.new_full((), other, dtype=wide))
+
+
 @torch.library.custom_op("fastgan::conv_gemm_undo", mutates_args=())
 def conv_gemm_undo(
     y: Tensor,
@@ -629,7 +634,7 @@ def conv_gemm_undo(
     Undefined where y is clamped or the slope is 0: the cotangent of z's partner is 0 there. Its derivatives are
     those of the convolution.
     """
-    z = y * torch.where(y > 0, 1 / gain, 1 / (gain * (slope or 1.0))).to(y.dtype)
+    z = (y * _by_sign(y, 1 / gain, 1 / (gain * (slope or 1.0)))).to(y.dtype)
     if noise is not None:
         z -= noise
     if bias is not None:
@@ -671,10 +676,10 @@ def _backward(ctx, g):
     x, w, s_in, s_out, noise, bias, y = ctx.saved_tensors
     needs = ctx.needs_input_grad
     if not ctx.plain:
-        slope = torch.where(y > 0, ctx.gain, ctx.gain * ctx.slope)
+        slope = _by_sign(y, ctx.gain, ctx.gain * ctx.slope)
         if ctx.clamp is not None:
-            slope = torch.where(y.abs() < y.new_full((), ctx.clamp), slope, 0.0)
-        g = g * slope.to(g.dtype)
+            slope = slope * (y.abs() < y.new_full((), ctx.clamp))
+        g = (g * slope).to(g.dtype)
     gx, gw, gs_in = _gradients(x, w, s_in, s_out, g, ctx.geometry, ctx.flip, needs[0], needs[1], needs[2])
     gs_out = gnoise = gbias = None
     if s_out is not None and needs[3]:

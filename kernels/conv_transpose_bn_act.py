@@ -252,7 +252,7 @@ def bn_lrelu_double_backward(
 
     scale, shift = (wide(t) for t in _affine(gamma, beta, mean, r))
     a, u, h = a.to(r.dtype), g.to(r.dtype), (c.to(r.dtype) - wide(mean)) * wide(r)
-    slopes = torch.where(c * scale + shift > 0, 1.0, slope).to(r.dtype)
+    slopes = torch.where(c * scale + shift > 0, r.new_ones(()), r.new_full((), slope))
     u = u * slopes
 
     def project(t: Tensor) -> Tensor:
