@@ -185,7 +185,8 @@ def _conv_kernel(
         tl.store(p_stats + (tile * 2 + 1) * c_out + o_out, tl.sum(delta * delta, 0), m_out)
     acc = tl.where(acc > 0, acc, acc * ALPHA) * GAIN
     if CLAMP is not None:
-        acc = tl.minimum(tl.maximum(acc, -CLAMP), CLAMP)
+        limit = tl.full([1, 1], CLAMP, ACC)
+        acc = tl.minimum(tl.maximum(acc, -limit), limit)
     o_y = (i_oy * y_h + i_ox * y_w)[:, None] + o_out[None, :] * y_c
     if not PER_IMAGE:
         o_y += (image * y_n)[:, None]
