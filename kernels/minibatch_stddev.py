@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.kernels.dispatch import Op, bucket, jit, tl
+from fastgan.kernels.dispatch import Build, Op, bucket, jit, tl
 from fastgan.kernels.memory import dense, is_channels_last, like, load
 
 BLOCK = 1024
@@ -321,3 +321,75 @@ def minibatch_stddev(
         return bucket(x.numel()), is_channels_last(x), group, num_channels
 
     return MINIBATCH_STDDEV(x, group, num_channels, key=key, impl=impl)
+
+
+def _offline() -> list[Build]:
+    builds = []
+    names = ("group", "n_groups", "n_sample", "n_channels", "pixels", "per_stat")
+    sizes, unaligned = dict.fromkeys(names, "i32"), ("group", "n_groups")
+    for dtype, size in (("bf16", 2), ("fp32", 4)):
+        x = f"*{dtype}"
+        for last in (False, True):
+            meta = {"NUM": 1, "CHANNELS_LAST": last, "BLOCK": BLOCK}
+            tail = f"{dtype} {'nhwc' if last else 'nchw'}"
+            skip = (*unaligned, "pixels") if last else unaligned
+            forward = {"p_x": x, "p_y": x, "p_sums": "*fp32", **sizes}
+            builds.append(
+                Build(
+                    f"minibatch_stddev {tail}",
+                    _forward_kernel,
+                    forward,
+                    meta,
+                    4,
+                    2,
+                    BLOCK,
+                    2 * size,
+                    skip,
+                )
+            )
+            fill = {k: v for k, v in sizes.items() if k != "per_stat"}
+            builds.append(
+                Build(
+                    f"minibatch_stddev_fill {tail}",
+                    _fill_kernel,
+                    {"p_stat": "*fp32", "p_y": x, **fill},
+                    meta,
+                    4,
+                    2,
+                    BLOCK,
+                    size,
+                    skip,
+                )
+            )
+            backward = {"p_g": x, "p_x": x, "p_t": "*fp32", "p_dx": x, **sizes}
+            builds.append(
+                Build(
+                    f"minibatch_stddev_backward {tail}",
+                    _backward_kernel,
+                    backward,
+                    {**meta, "p_v": None, "p_sums": None},
+                    4,
+                    2,
+                    BLOCK,
+                    3 * size,
+                    skip,
+                )
+            )
+            double = {"p_v": x, "p_x": x, "p_t": "*fp32", "p_dx": x, "p_sums": "*fp32", **sizes}
+            builds.append(
+                Build(
+                    f"minibatch_stddev_double_backward {tail}",
+                    _backward_kernel,
+                    double,
+                    {**meta, "p_g": None},
+                    4,
+                    2,
+                    BLOCK,
+                    3 * size,
+                    skip,
+                )
+            )
+    return builds
+
+
+OFFLINE = _offline()

@@ -32,7 +32,7 @@ from fastgan.kernels.bias_act import (
     activation,
     activation_slope,
 )
-from fastgan.kernels.dispatch import Op, bucket, jit, tl, tuned
+from fastgan.kernels.dispatch import Build, Op, bucket, jit, tl, tuned
 from fastgan.kernels.memory import (
     FLAT_CONFIGS,
     dense,
@@ -911,3 +911,114 @@ def pixel_norm(x: Tensor, eps: float = 1e-8, *, impl: str | None = None) -> Tens
         return bucket(x.numel()), x.shape[1], is_channels_last(x)
 
     return PIXEL_NORM(x, eps, key=key, impl=impl)
+
+
+def _offline() -> list[Build]:
+    builds = []
+    for dtype, size in (("bf16", 2), ("fp32", 4)):
+        t, k = f"*{dtype}", "*fp32"
+        for last in (False, True):
+            tail = f"{dtype} {'nhwc' if last else 'nchw'}"
+            flat_sizes = dict.fromkeys(("n", "rows", "n_channels", "inner", "width"), "i32")
+            flat_skip = ("rows", "n_channels") if not last else ("rows", "inner", "width")
+            tile_sizes = dict.fromkeys(("n_positions", "n_channels", "inner", "per_split"), "i32")
+            block_p, block_c = (32, 64) if last else (2048, 1)
+            tile = {"CHANNELS_LAST": last, "WIDE": False, "BLOCK_P": block_p, "BLOCK_C": block_c}
+            builds.append(
+                Build(
+                    f"norm_act_moments {tail}",
+                    _moments_kernel,
+                    {"p_x": t, "p_k": k, "p_sums": k, **tile_sizes},
+                    tile,
+                    elements=2048,
+                    least=size,
+                )
+            )
+            for up in (1, 2):
+                meta = {"ALPHA": 0.2, "ACT": "lrelu", "UP": up}
+                name = f"{tail} up{up}"
+                for block, warps in FLAT_CONFIGS if dtype == "bf16" else FLAT_CONFIGS[:1]:
+                    flat = {**meta, "CHANNELS_LAST": last, "GROUP": 8, "BLOCK": block}
+                    common = (warps, 2, block)
+                    builds += [
+                        Build(
+                            f"norm_act {name} {block}",
+                            _apply_kernel,
+                            {"p_x": t, "p_k": k, "p_y": t, **flat_sizes},
+                            flat,
+                            *common,
+                            size * (1 + up * up),
+                            flat_skip,
+                        ),
+                        Build(
+                            f"norm_act_backward {name} {block}",
+                            _backward_apply_kernel,
+                            {"p_dy": t, "p_x": t, "p_k": k, "p_dx": t, **flat_sizes},
+                            {**flat, "p_v": None, "p_ddy": None},
+                            *common,
+                            size * (2 + up * up),
+                            flat_skip,
+                        ),
+                        Build(
+                            f"norm_act_double_backward {name} {block}",
+                            _backward_apply_kernel,
+                            {
+                                **dict.fromkeys(("p_dy", "p_x", "p_v"), t),
+                                "p_k": k,
+                                **dict.fromkeys(("p_ddy", "p_dx"), t),
+                                **flat_sizes,
+                            },
+                            flat,
+                            *common,
+                            size * (3 + 2 * up * up),
+                            flat_skip,
+                        ),
+                    ]
+                sums = {"p_dy": t, "p_x": t, "p_v": t, "p_k": k, "p_sums": k, **tile_sizes, "width": "i32"}
+                builds.append(
+                    Build(
+                        f"norm_act_double_backward_sums {name}",
+                        _backward_sums_kernel,
+                        sums,
+                        tile | meta,
+                        elements=2048,
+                        least=size * (2 + up * up),
+                    )
+                )
+                sums = {n: v for n, v in sums.items() if n != "p_v"}
+                builds.append(
+                    Build(
+                        f"norm_act_backward_sums {name}",
+                        _backward_sums_kernel,
+                        sums,
+                        {**tile, **meta, "p_v": None},
+                        elements=2048,
+                        least=size * (1 + up * up),
+                    )
+                )
+            for channels in (64, 512) if dtype == "bf16" else (512,):
+                rows = max(1, 4096 // channels)
+                meta = {
+                    "EPS": 1e-8,
+                    "CHANNELS_LAST": last,
+                    "WIDE": False,
+                    "BLOCK_P": rows,
+                    "BLOCK_C": channels,
+                }
+                sizes = dict.fromkeys(("n_positions", "n_channels", "inner"), "i32")
+                for passes, present in ((2, ()), (3, ("p_dy",)), (5, ("p_v", "p_dy"))):
+                    absent = [n for n in ("p_v", "p_dy") if n not in present]
+                    builds.append(
+                        Build(
+                            f"pixel_norm order {len(present)} {tail} {channels}",
+                            _pixel_norm_kernel,
+                            {**dict.fromkeys((*present, "p_x", "p_out", "p_dx"), t), **sizes},
+                            {**meta, **dict.fromkeys(absent, None)},
+                            elements=rows * channels,
+                            least=passes * size,
+                        )
+                    )
+    return builds
+
+
+OFFLINE = _offline()

@@ -12,11 +12,13 @@ import dataclasses
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +157,20 @@ def measure(op: str, build: Build, arch: str) -> Result:
     return result
 
 
-def report(archs: list[str], ops: list[str]) -> list[Result]:
+def _measure_one(work: tuple[str, int, str]) -> Result:
+    op, i, arch = work
+    return measure(op, builds(op)[i], arch)
+
+
+def report(archs: list[str], ops: list[str], jobs: int = 1) -> list[Result]:
     """Every configuration of `ops` on `archs`. Raises RuntimeError under TRITON_INTERPRET."""
     if interpreting():
         raise RuntimeError("offline compilation needs a process without TRITON_INTERPRET=1")
-    return [measure(op, build, arch) for op in ops for build in builds(op) for arch in archs]
+    work = [(op, i, arch) for op in ops for i in range(len(builds(op))) for arch in archs]
+    if jobs == 1 or len(work) < 8:
+        return [_measure_one(w) for w in work]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_measure_one, work, chunksize=4))
 
 
 def table(results: list[Result]) -> str:
@@ -185,8 +196,11 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", choices=[*SHARED_LIMIT], default=[*SHARED_LIMIT], metavar="ARCH")
     parser.add_argument("--op", nargs="+", choices=OPS, default=[*OPS], metavar="OP")
     parser.add_argument("--json", action="store_true", help="one JSON array instead of the table")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile at once"
+    )
     args = parser.parse_args()
-    results = report(args.arch, args.op)
+    results = report(args.arch, args.op, args.jobs)
     print(json.dumps([dataclasses.asdict(r) for r in results], indent=1) if args.json else table(results))
     return 0 if all(r.good for r in results) else 1
 
