@@ -129,10 +129,10 @@ def _machine_code(compiled: Any) -> tuple[str, int]:
         return _tool("nvdisasm", cubin), int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
 
 
-def _bytes(ttgir: str) -> int:
+def _bytes(ttir: str) -> int:
     """Bytes that the loads and stores in the text move, each executed once."""
     total = 0
-    for line in ttgir.splitlines():
+    for line in ttir.splitlines():
         for types in ACCESS.findall(line):
             for shape, bits in TENSOR.findall("".join(types))[:1]:
                 total += math.prod(int(d) for d in shape.split("x") if d) * int(bits) // 8
@@ -143,7 +143,7 @@ def measure(op: str, build: Build, arch: str) -> Result:
     result = Result(op, build.name, arch, shared_limit=SHARED_LIMIT[arch], least_bytes=build.least)
     try:
         compiled = _compile(build, arch)
-    except Exception as error:  # noqa: BLE001 - whatever the compiler raises is the finding
+    except Exception as error:  # whatever the compiler raises is the finding
         result.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         return result
     text, result.registers = _machine_code(compiled)
@@ -153,7 +153,7 @@ def measure(op: str, build: Build, arch: str) -> Result:
     result.wide_loads = len(WIDE_LOAD.findall(text))
     result.matrix = ",".join(sorted(set(MATRIX.findall(text))))
     if build.elements:
-        result.bytes_per_element = _bytes(compiled.asm["ttgir"]) / build.elements
+        result.bytes_per_element = _bytes(compiled.asm["ttir"]) / build.elements
     return result
 
 
