@@ -210,7 +210,8 @@ def _forward_kernel(
         u += tl.load(p_b + i_c).to(u.dtype)
     y = activation(u, ALPHA, ACT) * GAIN
     if CLAMP is not None:
-        y = tl.minimum(tl.maximum(y, -CLAMP), CLAMP)
+        limit = tl.zeros_like(y) + CLAMP
+        y = tl.minimum(tl.maximum(y, -limit), limit)
     tl.store(p_y + base + o, y, mask=m)
 
 

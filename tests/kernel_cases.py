@@ -64,7 +64,8 @@ def cases(n: int, c: int, h: int, w: int, layout: str, dtype: torch.dtype) -> It
         yield case("minibatch_stddev", MINIBATCH_STDDEV, x(), n, 1)
         yield case("minibatch_stddev pairs", MINIBATCH_STDDEV, x(), 1 + (n % 2 == 0), c)
     yield case("pixel_norm", PIXEL_NORM, x(), 1e-8)
-    running = (torch.linspace(-1, 1, c), torch.linspace(0.5, 2, c))
+    wide = torch.promote_types(dtype, torch.float32)
+    running = (torch.linspace(-1, 1, c, dtype=wide), torch.linspace(0.5, 2, c, dtype=wide))
     per_channel = [vector(c, dtype=dtype, seed=s) for s in (5, 6)]
     per_sample = [vector(n, c, dtype=dtype, seed=s) for s in (7, 8)]
     none = (None, None)
