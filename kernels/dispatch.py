@@ -170,7 +170,8 @@ def tuned(
 
 
 def _derivatives(run: Callable, args: Sequence[Any], order: int) -> list[Tensor]:
-    """Outputs, gradients for fixed random cotangents and, for order 2, the gradients of their squared norm."""
+    """Outputs, gradients for fixed random cotangents and, for order 2, the gradients of their squared
+    norm."""
     args = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]
     leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
     out = run(*args)
@@ -225,9 +226,9 @@ class Op:
     """An operation's candidates, all called with the same positional arguments.
 
     `candidates` maps names to functions and holds "reference" and at least one other, the preferred first.
-    `sample(dtype, device, key, small)` makes arguments of a shape class: `key` is what `__call__`'s `key()` returned,
-    small ones to verify with, or full ones to time with; floating tensors that require grad are verified to
-    `order`.
+    `sample(dtype, device, key, small)` makes arguments of a shape class: `key` is what `__call__`'s `key()`
+    returned, small ones to verify with, or full ones to time with; floating tensors that require grad are
+    verified to `order`.
     """
 
     def __init__(
@@ -274,7 +275,8 @@ class Op:
     def __call__(
         self, x: Tensor, *rest: Any, key: Callable[[], Hashable] = tuple, impl: str | None = None
     ) -> Any:
-        """Run the operation on (x, *rest). `key()`, made of constants, is the shape class beside the dtype."""
+        """Run the operation on (x, *rest). `key()`, made of constants, is the shape class beside the
+        dtype."""
         name = self.forced(impl, x.device)
         if name is None:
             if x.device.type == "cuda":
@@ -332,7 +334,8 @@ class Op:
                 right.append(name)
                 continue
             message = (
-                f"kernel {self.name} ({name}) is wrong on this device and is turned off for {dtype}, class {key}: "
+                f"kernel {self.name} ({name}) is wrong on this device and is turned off for {dtype}, "
+                f"class {key}: "
                 f"{problem}. The reference runs instead: correct, slower. Please report this message: "
                 f"{versions(device)}"
             )

@@ -28,7 +28,8 @@ def like(g: Tensor, x: Tensor) -> Tensor:
 
 
 def group_of(run: int) -> int:
-    """Offsets handled as one: 8 when they share a channel, or run along the channels, in groups of 8; else 1."""
+    """Offsets handled as one: 8 when they share a channel, or run along the channels, in groups of 8; else
+    1."""
     return 8 if run % 8 == 0 else 1
 
 

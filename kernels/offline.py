@@ -2,9 +2,9 @@
 
     python -m fastgan.kernels.offline [--arch sm_90 ...] [--op bias_act ...] [--json]
 
-Registers, spills, shared memory against the limit, 128-bit loads and matrix instructions come from the machine
-code; bytes per result from the loads and stores of the compiler's own intermediate form, a loop's body counted
-once. Exit status 1 when a kernel does not compile, spills or asks for too much shared memory.
+Registers, spills, shared memory against the limit, 128-bit loads and matrix instructions come from the
+machine code; bytes per result from the loads and stores of the compiler's own intermediate form, a loop's
+body counted once. Exit status 1 when a kernel does not compile, spills or asks for too much shared memory.
 """
 
 import argparse
@@ -45,9 +45,7 @@ WIDE_LOAD = re.compile(r"\b(?:LDG\.E\S*\.128|LDGSTS\.E\S*\.128|UTMALDG|(?:global
 LOAD = re.compile(r"\b(?:LDG|LDGSTS|UTMALDG|global_load|buffer_load)")
 MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|QMMA|IMMA|DMMA|v_mfma)")
 SPILL = re.compile(r"\b(?:STL|LDL|scratch_store|scratch_load)")
-ACCESS = re.compile(
-    r"= tt\.load .*: (.*?)(?: loc|$)|tt\.store .*: (.*?)(?: loc|$)|ttg\.async_copy_global_to_local .*: (.*?) ->"
-)
+ACCESS = re.compile(r"= tt\.load .*: (.*?)(?: loc|$)|tt\.store .*: (.*?)(?: loc|$)")
 TENSOR = re.compile(r"(?:tensor<([\dx]+)x)?!tt\.ptr<\w*?(\d+)(?:,[^>]*)?>")
 
 
@@ -184,7 +182,8 @@ def table(results: list[Result]) -> str:
             continue
         lines.append(
             f"{r.name:{width}} {r.arch:7} {r.registers:4} {r.spills:6} {r.shared:6}/{r.shared_limit:<7}"
-            f" {r.wide_loads:6}/{r.loads:<6} {r.matrix or '-':7} {r.bytes_per_element:6.2f} ({r.least_bytes:g})"
+            f" {r.wide_loads:6}/{r.loads:<6} {r.matrix or '-':7}"
+            f" {r.bytes_per_element:6.2f} ({r.least_bytes:g})"
         )
     return "\n".join(lines)
 

@@ -136,7 +136,8 @@ def _fir_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Output positions n = planes * out_h * out_w. Only taps that meet a sample of x, not an inserted zero."""
+    """Output positions n = planes * out_h * out_w. Only taps that meet a sample of x, not an inserted
+    zero."""
     i_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     i_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     if WIDE:
@@ -198,7 +199,8 @@ def _fir2x_kernel(
     """4x4 taps, 2x up or 2x down: each position makes 2x2 outputs from one window of x.
 
     Going up the window has 3x3 samples (2 along an axis whose padding is odd), where the outputs on their own
-    would load 16; going down it has 6x6 in place of 64. Positions n = planes * ceil(out_h / 2) * ceil(out_w / 2).
+    would load 16; going down it has 6x6 in place of 64. Positions n = planes * ceil(out_h / 2) * ceil(out_w
+    / 2).
     """
     i_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     i_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]

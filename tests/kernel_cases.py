@@ -1,4 +1,5 @@
-"""Every elementwise operation on small inputs, as (candidate, reference, arguments): what the tests loop over."""
+"""Every elementwise operation on small inputs, as (candidate, reference, arguments): what the tests loop
+over."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple

@@ -1,7 +1,8 @@
-"""Break the elementwise kernels on purpose and see the suite catch every one: python tests/mutants.py [NAME ...]
+"""Break the elementwise kernels on purpose and see the suite catch every one: python tests/mutants.py [NAME
+...]
 
-A mutant is a substitution in the text of one kernel file, tried on a copy of the repository. Exit status 1 when
-one survives.
+A mutant is a substitution in the text of one kernel file, tried on a copy of the repository. Exit status 1
+when one survives.
 """
 
 import os
@@ -29,13 +30,19 @@ MUTANTS = {
         "d = tl.where(u > 0, tl.zeros_like(u) + 1, tl.zeros_like(u) + 0.9 * ALPHA)",
         "agree_to_second",
     ),
-    "slope at the kink": Mutant("bias_act", "d = tl.where(u > 0, 1.0, 0.0)", "d = tl.where(u >= 0, 1.0, 0.0)", "bias_act"),
+    "slope at the kink": Mutant(
+        "bias_act", "d = tl.where(u > 0, 1.0, 0.0)", "d = tl.where(u >= 0, 1.0, 0.0)", "bias_act"
+    ),
     "clamp blocks its boundary": Mutant("bias_act", "* GAIN) <= CLAMP", "* GAIN) < CLAMP", "golden_bias_act"),
-    "grid rounded down": Mutant("bias_act", "kernel[(-(-n // block),)]", "kernel[(n // block,)]", "agree_to_second"),
+    "grid rounded down": Mutant(
+        "bias_act", "kernel[(-(-n // block),)]", "kernel[(n // block,)]", "agree_to_second"
+    ),
     "channel of a neighbour": Mutant(
         "memory", "return (((row % n_channels)", "return ((((row + 1) % n_channels)", "golden_bias_act"
     ),
-    "bias gradient of one split": Mutant("bias_act", "return dx, db.sum(0)", "return dx, db[0] * 2", "agree_to_second"),
+    "bias gradient of one split": Mutant(
+        "bias_act", "return dx, db.sum(0)", "return dx, db[0] * 2", "agree_to_second"
+    ),
     "swish curvature": Mutant(
         "bias_act", "(2 + u * (1 - 2 * s))", "(1 + u * (1 - 2 * s))", "golden_bias_act and swish"
     ),
@@ -52,16 +59,16 @@ MUTANTS = {
         "golden_upfirdn2d",
     ),
     "transposed filter": Mutant(
-        "upfirdn2d", "p_f + (u * 4 + v if FLIP else 15 - u * 4 - v)", "p_f + (v * 4 + u if FLIP else 15 - v * 4 - u)",
+        "upfirdn2d",
+        "p_f + (u * 4 + v if FLIP else 15 - u * 4 - v)",
+        "p_f + (v * 4 + u if FLIP else 15 - v * 4 - u)",
         "agree_to_second",
     ),
     "adjoint without flip": Mutant("upfirdn2d", "pad, not ctx.flip)", "pad, ctx.flip)", "golden_upfirdn2d"),
     "odd output column dropped": Mutant(
         "upfirdn2d", "half_w, half_h = (out_w + 1) // 2,", "half_w, half_h = out_w // 2,", "agree_to_second"
     ),
-    "variance of the shifted sums": Mutant(
-        "norm_act", "(s2 - s1.square())", "s2", "conditional_batch_norm"
-    ),
+    "variance of the shifted sums": Mutant("norm_act", "(s2 - s1.square())", "s2", "conditional_batch_norm"),
     "statistics taken as constants": Mutant(
         "norm_act", "return lambda s: s / pixels", "return lambda s: 0 * s / pixels", "golden_instance_norm"
     ),
@@ -70,8 +77,10 @@ MUTANTS = {
     ),
     "unbiased running variance": Mutant("norm_act", "(m / (m - 1))", "1.0", "golden_conditional"),
     "three copies of four": Mutant(
-        "norm_act", "return x + load(p + o + below, m) + load(p + o + below + n_channels, m)",
-        "return x + 2 * load(p + o + below, m)", "agree_to_second",
+        "norm_act",
+        "return x + load(p + o + below, m) + load(p + o + below + n_channels, m)",
+        "return x + 2 * load(p + o + below, m)",
+        "agree_to_second",
     ),
     "pixel norm's second order": Mutant("norm_act", "(d - 3 * k * a * b)", "(d - k * a * b)", "pixel_norm"),
     "groups of consecutive samples": Mutant(

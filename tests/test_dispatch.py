@@ -1,4 +1,5 @@
-"""Which implementation runs, with a pretended GPU: verdicts, their cache, and what torch.compile sees of them."""
+"""Which implementation runs, with a pretended GPU: verdicts, their cache, and what torch.compile sees of
+them."""
 
 import warnings
 
@@ -118,7 +119,8 @@ def test_impl_and_environment_force_and_are_checked(monkeypatch):
 
 
 def test_tracing_takes_the_verdict_as_a_constant(cache, monkeypatch):
-    """Deciding happens while Dynamo traces and verifies for real, but times nothing and leaves nothing in the graph."""
+    """Deciding happens while Dynamo traces and verifies for real, but times nothing and leaves nothing in
+    the graph."""
     tried = op(lambda x: x + x)
     monkeypatch.setattr(dispatch.Op, "measure", None)
     monkeypatch.setattr(

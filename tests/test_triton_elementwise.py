@@ -1,4 +1,5 @@
-"""Runs the interpreter's tests in a process of their own; offline compilation in this one, which must be without."""
+"""Runs the interpreter's tests in a process of their own; offline compilation in this one, which must be
+without."""
 
 import os
 import subprocess
@@ -32,7 +33,8 @@ def test_the_kernels_in_the_interpreter():
 
 
 def representatives(op: str) -> list[offline.Build]:
-    """One build a kernel, dtype and layout: what every test run can afford; CI's offline step compiles all."""
+    """One build a kernel, dtype and layout: what every test run can afford; CI's offline step compiles
+    all."""
     chosen = {}
     for build in offline.builds(op):
         words = build.name.split()
