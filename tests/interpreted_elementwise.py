@@ -136,7 +136,7 @@ def test_golden_conditional_batch_norm(case: Case, impl: str):
     ],
     ids=str,
 )
-def test_kernels_agree_to_second_order(shape, layout, poisoned):
+def test_kernels_agree_to_second_order(shape: tuple[int, int, int, int], layout: str, poisoned):
     """Value, gradients for random cotangents and gradients of their norm, every result written."""
     found = {}
     for case in cases(*shape, layout, torch.float64):
@@ -213,7 +213,7 @@ SMALL = settings(
     clamp=st.sampled_from([None, 0.4]),
     dim=st.integers(0, 3),
 )
-def test_bias_act_for_drawn_arguments(shape, layout, act, gain, clamp, dim):
+def test_bias_act_for_drawn_arguments(shape: tuple[int, int, int, int], layout, act, gain, clamp, dim):
     x = image(*shape, layout, torch.float64)
     args = (x, vector(shape[dim], dtype=torch.float64), dim, act, 0.3, gain, clamp)
     assert disagreement(BIAS_ACT.candidates["triton"], BIAS_ACT.candidates["reference"], args) is None
