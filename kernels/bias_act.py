@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.kernels.dispatch import Op, bucket, jit, tl, tuned
+from fastgan.kernels.dispatch import Build, Op, bucket, jit, tl, tuned
 from fastgan.kernels.memory import (
     FLAT_CONFIGS,
     dense,
@@ -210,7 +210,8 @@ def _forward_kernel(
         u += tl.load(p_b + i_c).to(u.dtype)
     y = activation(u, ALPHA, ACT) * GAIN
     if CLAMP is not None:
-        y = tl.minimum(tl.maximum(y, -CLAMP), CLAMP)
+        limit = tl.zeros_like(y) + CLAMP
+        y = tl.minimum(tl.maximum(y, -limit), limit)
     tl.store(p_y + base + o, y, mask=m)
 
 
@@ -569,3 +570,78 @@ def bias_act(
         return bucket(x.numel()), is_channels_last(x), b is not None, act, alpha, gain, clamp
 
     return BIAS_ACT(x, b, dim, act, alpha, gain, clamp, key=key, impl=impl)
+
+
+def _offline() -> list[Build]:
+    builds = []
+    for dtype, size in (("bf16", 2), ("fp32", 4)):
+        pointer, b = f"*{dtype}", "*fp32"
+        for act, clamp in (("lrelu", None), ("lrelu", 256.0), ("swish", None)):
+            for last in (False, True):
+                name = f"{act}{' clamp' if clamp else ''} {dtype} {'nhwc' if last else 'nchw'}"
+                meta = {"ALPHA": 0.2, "GAIN": 2**0.5, "CLAMP": clamp, "ACT": act, "CHANNELS_LAST": last}
+                sizes = {"n": "i32", "n_channels": "i32", "inner": "i32"}
+                saved_y = act == "lrelu" and clamp is None
+                for block, warps in FLAT_CONFIGS if dtype == "bf16" else FLAT_CONFIGS[:1]:
+                    flat = {**meta, "GROUP": 8, "BLOCK": block}
+                    tail = f"{name} {block}"
+                    bias = {"p_b": b}
+                    forward = {"p_x": pointer, **bias, "p_y": pointer, **sizes}
+                    builds.append(
+                        Build(f"bias_act {tail}", _forward_kernel, forward, flat, warps, 2, block, 2 * size)
+                    )
+                    backward = {"p_g": pointer, "p_ref": pointer, "p_dx": pointer, **sizes}
+                    none = {"p_b": None} if saved_y else {}
+                    backward |= {} if saved_y else bias
+                    builds.append(
+                        Build(
+                            f"bias_act_backward {tail}",
+                            _backward_kernel,
+                            backward,
+                            flat | none,
+                            warps,
+                            2,
+                            block,
+                            3 * size,
+                        )
+                    )
+                    if act not in PIECEWISE_LINEAR:
+                        double = dict.fromkeys(("p_v", "p_dy", "p_x", "p_ddy", "p_dx"), pointer)
+                        builds.append(
+                            Build(
+                                f"bias_act_double_backward {tail}",
+                                _double_backward_kernel,
+                                double | bias | sizes,
+                                flat,
+                                warps,
+                                2,
+                                block,
+                                5 * size,
+                            )
+                        )
+                block_p, block_c = (32, 64) if last else (2048, 1)
+                builds.append(
+                    Build(
+                        f"bias_act_backward_bias {name}",
+                        _backward_bias_kernel,
+                        {
+                            **dict.fromkeys(("p_g", "p_ref", "p_dx"), pointer),
+                            **({} if saved_y else {"p_b": b}),
+                            "p_db": "*fp32",
+                            **dict.fromkeys(("n_positions", "n_channels", "inner", "per_split"), "i32"),
+                        },
+                        {
+                            **meta,
+                            **({"p_b": None} if saved_y else {}),
+                            "WIDE": False,
+                            "BLOCK_P": block_p,
+                            "BLOCK_C": block_c,
+                        },
+                        elements=2048,
+                        least=3 * size,
+                    )
+                )
+    return builds
+
+
+OFFLINE = _offline()

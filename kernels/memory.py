@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastgan.kernels.dispatch import jit, tl
 
-FLAT_CONFIGS = ((2048, 4), (1024, 2), (4096, 8))  # offsets a program, warps: two 128-bit loads a thread
+FLAT_CONFIGS = ((2048, 4), (1024, 2))  # offsets a program, warps: two 128-bit loads a thread
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -28,7 +28,8 @@ def like(g: Tensor, x: Tensor) -> Tensor:
 
 
 def group_of(run: int) -> int:
-    """Offsets handled as one: 8 when they share a channel, or run along the channels, in groups of 8; else 1."""
+    """Offsets handled as one: 8 when they share a channel, or run along the channels, in groups of 8; else
+    1."""
     return 8 if run % 8 == 0 else 1
 
 
@@ -61,7 +62,7 @@ def flat_offsets(BLOCK: tl.constexpr, GROUP: tl.constexpr):
 def flat_channels(base, i_group, n_channels, inner, GROUP: tl.constexpr, CHANNELS_LAST: tl.constexpr):
     """Channel of the offsets base + i_group: [groups, GROUP] in channels_last, else [groups, 1]."""
     if CHANNELS_LAST:
-        i_c = ((base % n_channels).to(tl.int32) + i_group) % n_channels
+        i_c = (tl.multiple_of((base % n_channels).to(tl.int32), GROUP) + i_group) % n_channels
         return i_c[:, None] + tl.arange(0, GROUP)[None, :]
     else:
         row = base // inner

@@ -2,10 +2,10 @@
 
     y = concat(x, mean_{c, h, w} sqrt(var_group(x) + 1e-8))
 
-Member i of group m is sample i * (N / group_size) + m, as in StyleGAN2. With h_i = x_i - mean_group(x), sigma =
-sqrt(mean_i h_i^2 + 1e-8), G the group size, K the values that a statistic averages and t the sum of dy over the
-pixels and members that show the statistic: dx_i = dy_i + t / (G K) * h_i / sigma. For a cotangent v of dx, with
-V_i = v_i - mean_group(v) and c = mean_i h_i V_i: d t = sum c / (K sigma) and
+Member i of group m is sample i * (N / group_size) + m, as in StyleGAN2. With h_i = x_i - mean_group(x),
+sigma = sqrt(mean_i h_i^2 + 1e-8), G the group size, K the values that a statistic averages and t the sum of
+dy over the pixels and members that show the statistic: dx_i = dy_i + t / (G K) * h_i / sigma. For a
+cotangent v of dx, with V_i = v_i - mean_group(v) and c = mean_i h_i V_i: d t = sum c / (K sigma) and
 d x_i = t / (G K sigma) * (V_i - h_i c / sigma^2).
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.kernels.dispatch import Op, bucket, jit, tl
+from fastgan.kernels.dispatch import Build, Op, bucket, jit, tl
 from fastgan.kernels.memory import dense, is_channels_last, like, load
 
 BLOCK = 1024
@@ -41,8 +41,8 @@ def _forward_kernel(
     CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Copy x into y and sum sigma: p_sums [NUM, groups, blocks]. Offset o of a sample holds the same value of every
-    member, so one program sees whole groups; a second read of a tile comes from the cache."""
+    """Copy x into y and sum sigma: p_sums [NUM, groups, blocks]. Offset o of a sample holds the same value
+    of every member, so one program sees whole groups; a second read of a tile comes from the cache."""
     i_group = tl.program_id(1)
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = o < n_sample
@@ -114,8 +114,9 @@ def _backward_kernel(
     CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """With t [NUM, groups] scaled by 1 / (G K): dx = g + t h / sigma, g being the first channels of dy. With p_v
-    instead of p_g: dx = t / sigma (V - h c / sigma^2), and the sums of c / sigma [NUM, groups, blocks]."""
+    """With t [NUM, groups] scaled by 1 / (G K): dx = g + t h / sigma, g being the first channels of dy. With
+    p_v instead of p_g: dx = t / sigma (V - h c / sigma^2), and the sums of c / sigma [NUM, groups,
+    blocks]."""
     i_group = tl.program_id(1)
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = o < n_sample
@@ -212,7 +213,8 @@ def _(x, group, num):
 
 @torch.library.custom_op("fastgan::minibatch_stddev_backward", mutates_args=())
 def _minibatch_stddev_backward(dy: Tensor, t: Tensor, x: Tensor, group: int, num: int) -> Tensor:
-    """dx from dy [N, C + num, H, W] and t [num, groups], the sums of dy over what shows a statistic / (G K)."""
+    """dx from dy [N, C + num, H, W] and t [num, groups], the sums of dy over what shows a statistic / (G
+    K)."""
     x = dense(x)
     dx = torch.empty_like(x)
     if x.numel():
@@ -321,3 +323,75 @@ def minibatch_stddev(
         return bucket(x.numel()), is_channels_last(x), group, num_channels
 
     return MINIBATCH_STDDEV(x, group, num_channels, key=key, impl=impl)
+
+
+def _offline() -> list[Build]:
+    builds = []
+    names = ("group", "n_groups", "n_sample", "n_channels", "pixels", "per_stat")
+    sizes, unaligned = dict.fromkeys(names, "i32"), ("group", "n_groups")
+    for dtype, size in (("bf16", 2), ("fp32", 4)):
+        x = f"*{dtype}"
+        for last in (False, True):
+            meta = {"NUM": 1, "CHANNELS_LAST": last, "BLOCK": BLOCK}
+            tail = f"{dtype} {'nhwc' if last else 'nchw'}"
+            skip = (*unaligned, "pixels") if last else unaligned
+            forward = {"p_x": x, "p_y": x, "p_sums": "*fp32", **sizes}
+            builds.append(
+                Build(
+                    f"minibatch_stddev {tail}",
+                    _forward_kernel,
+                    forward,
+                    meta,
+                    4,
+                    2,
+                    BLOCK,
+                    2 * size,
+                    skip,
+                )
+            )
+            fill = {k: v for k, v in sizes.items() if k != "per_stat"}
+            builds.append(
+                Build(
+                    f"minibatch_stddev_fill {tail}",
+                    _fill_kernel,
+                    {"p_stat": "*fp32", "p_y": x, **fill},
+                    meta,
+                    4,
+                    2,
+                    BLOCK,
+                    size,
+                    skip,
+                )
+            )
+            backward = {"p_g": x, "p_x": x, "p_t": "*fp32", "p_dx": x, **sizes}
+            builds.append(
+                Build(
+                    f"minibatch_stddev_backward {tail}",
+                    _backward_kernel,
+                    backward,
+                    {**meta, "p_v": None, "p_sums": None},
+                    4,
+                    2,
+                    BLOCK,
+                    3 * size,
+                    skip,
+                )
+            )
+            double = {"p_v": x, "p_x": x, "p_t": "*fp32", "p_dx": x, "p_sums": "*fp32", **sizes}
+            builds.append(
+                Build(
+                    f"minibatch_stddev_double_backward {tail}",
+                    _backward_kernel,
+                    double,
+                    {**meta, "p_g": None},
+                    4,
+                    2,
+                    BLOCK,
+                    3 * size,
+                    skip,
+                )
+            )
+    return builds
+
+
+OFFLINE = _offline()

@@ -1,10 +1,11 @@
-"""Normalisation, affine transform, activation and nearest upsampling in two passes: statistics, then the rest.
+"""Normalisation, affine transform, activation and nearest upsampling in two passes: statistics, then the
+rest.
 
     h = (x - mean) * rstd,   u = scale * h + shift,   y = upsample(act(u))
 
-Statistics are over the batch and the pixels (BatchNorm), over the pixels of a sample (instance norm, AdaIN) or
-given (evaluation); scale and shift are one a channel or one a sample and channel. With e = act'(u) * dy, dy
-summed over the pixels that share an x, and <.> the mean over what the statistics are over:
+Statistics are over the batch and the pixels (BatchNorm), over the pixels of a sample (instance norm, AdaIN)
+or given (evaluation); scale and shift are one a channel or one a sample and channel. With e = act'(u) * dy,
+dy summed over the pixels that share an x, and <.> the mean over what the statistics are over:
 
     dx = rstd * (scale * e - <scale * e> - h * <scale * e * h>),   dscale = sum e * h,   dshift = sum e
 
@@ -13,9 +14,9 @@ derivative of y along (v, p, q), so
 
     d dy = act'(u) * (scale * rstd * (v - <v> - h * <v * h>) + p * h + q)
 
-and, the activation being piecewise linear, d scale and d x are combinations of e, v, h and 1 whose coefficients
-come from the sums of e, e * h, v, v * h and e * v: the double backward too is one reduction and one elementwise
-pass. Smooth activations run as a bias_act of their own behind a linear normalisation.
+and, the activation being piecewise linear, d scale and d x are combinations of e, v, h and 1 whose
+coefficients come from the sums of e, e * h, v, v * h and e * v: the double backward too is one reduction and
+one elementwise pass. Smooth activations run as a bias_act of their own behind a linear normalisation.
 """
 
 from typing import Any
@@ -32,7 +33,7 @@ from fastgan.kernels.bias_act import (
     activation,
     activation_slope,
 )
-from fastgan.kernels.dispatch import Op, bucket, jit, tl, tuned
+from fastgan.kernels.dispatch import Build, Op, bucket, jit, tl, tuned
 from fastgan.kernels.memory import (
     FLAT_CONFIGS,
     dense,
@@ -128,8 +129,8 @@ def _moments_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sums of x - k and (x - k)^2: [2, splits, rows, channels]; k, a sample of x, keeps digits that a mean far
-    from zero would cost."""
+    """Sums of x - k and (x - k)^2: [2, splits, rows, channels]; k, a sample of x, keeps digits that a mean
+    far from zero would cost."""
     i_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     i_split, i_row = tl.program_id(1), tl.program_id(2)
     m_c = i_c < n_channels
@@ -366,7 +367,8 @@ def _norm_act(
     alpha: float,
     upsample: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, mean and biased variance [rows, C]. mode: "batch", "instance", or "eval" with mean and var [1, C]."""
+    """y, mean and biased variance [rows, C]. mode: "batch", "instance", or "eval" with mean and var [1,
+    C]."""
     x = dense(x)
     y = _upsampled(x, upsample)
     n, c = x.shape[:2]
@@ -434,7 +436,8 @@ def _as_rows(sums: Tensor, scale: Tensor) -> Tensor:
 
 
 def _group_mean(x: Tensor, mode: str, rows: int):
-    """From sums [rows, C] the mean over what the statistics are over: [1 or rows, C]; zero where they are given."""
+    """From sums [rows, C] the mean over what the statistics are over: [1 or rows, C]; zero where they are
+    given."""
     pixels = x.shape[2] * x.shape[3]
     if mode == "eval":
         return lambda s: torch.zeros_like(s[:1])
@@ -686,11 +689,13 @@ def batch_norm_act(
     *,
     impl: str | None = None,
 ) -> Tensor:
-    """y = upsample(act(gamma * (x - mean) / sqrt(var + eps) + beta)) for x [N, C, H, W] (Ioffe & Szegedy 2015).
+    """y = upsample(act(gamma * (x - mean) / sqrt(var + eps) + beta)) for x [N, C, H, W] (Ioffe & Szegedy
+    2015).
 
-    gamma, beta, running_mean, running_var: [C] or None. Training takes the statistics of the batch and moves the
-    running ones by `momentum` (the variance unbiased), in place; evaluation takes the running ones.
-    `upsample` 2 repeats every pixel 2x2. Raises ValueError for shapes that do not match, a single value a channel.
+    gamma, beta, running_mean, running_var: [C] or None. Training takes the statistics of the batch and moves
+    the running ones by `momentum` (the variance unbiased), in place; evaluation takes the running ones.
+    `upsample` 2 repeats every pixel 2x2. Raises ValueError for shapes that do not match, a single value a
+    channel.
     """
     _check_affine(x, x.shape[1:2], gamma=gamma, beta=beta)
     mode = "batch" if training else "eval"
@@ -712,7 +717,8 @@ def conditional_batch_norm_act(
     *,
     impl: str | None = None,
 ) -> Tensor:
-    """`batch_norm_act` whose gain and bias [N, C] belong to the sample (Dumoulin et al. 2017; Brock et al. 2019).
+    """`batch_norm_act` whose gain and bias [N, C] belong to the sample (Dumoulin et al. 2017; Brock et al.
+    2019).
 
     BigGAN's layers predict the gain around one: pass 1 + gain(y).
     """
@@ -732,7 +738,8 @@ def instance_norm_act(
     *,
     impl: str | None = None,
 ) -> Tensor:
-    """y = act(weight * (x - mean) / sqrt(var + eps) + bias), statistics of every sample and channel over its pixels.
+    """y = act(weight * (x - mean) / sqrt(var + eps) + bias), statistics of every sample and channel over its
+    pixels.
 
     x [N, C, H, W]; weight, bias [C] or None (Ulyanov et al. 2016, as CycleGAN has it: no affine).
     """
@@ -750,7 +757,8 @@ def adain(
     *,
     impl: str | None = None,
 ) -> Tensor:
-    """y = scale[n, c] * (x - mean[n, c]) / sqrt(var[n, c] + eps) + shift[n, c] (Karras et al. 2019, equation 1).
+    """y = scale[n, c] * (x - mean[n, c]) / sqrt(var[n, c] + eps) + shift[n, c] (Karras et al. 2019, equation
+    1).
 
     x [N, C, H, W]; scale, shift [N, C]: nothing is added to the scale here.
     """
@@ -774,8 +782,8 @@ def _pixel_norm_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """r = rsqrt(mean x^2 + eps). out is r x, or with dy its gradient r dy - r^3 x (x . dy) / C, or with v as well
-    that expression of v, and dx the derivative of <v, gradient> along x."""
+    """r = rsqrt(mean x^2 + eps). out is r x, or with dy its gradient r dy - r^3 x (x . dy) / C, or with v as
+    well that expression of v, and dx the derivative of <v, gradient> along x."""
     i_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     i_c = tl.arange(0, BLOCK_C)
     m = (i_p < n_positions)[:, None] & (i_c < n_channels)[None, :]
@@ -911,3 +919,114 @@ def pixel_norm(x: Tensor, eps: float = 1e-8, *, impl: str | None = None) -> Tens
         return bucket(x.numel()), x.shape[1], is_channels_last(x)
 
     return PIXEL_NORM(x, eps, key=key, impl=impl)
+
+
+def _offline() -> list[Build]:
+    builds = []
+    for dtype, size in (("bf16", 2), ("fp32", 4)):
+        t, k = f"*{dtype}", "*fp32"
+        for last in (False, True):
+            tail = f"{dtype} {'nhwc' if last else 'nchw'}"
+            flat_sizes = dict.fromkeys(("n", "rows", "n_channels", "inner", "width"), "i32")
+            flat_skip = ("rows", "n_channels") if not last else ("rows", "inner", "width")
+            tile_sizes = dict.fromkeys(("n_positions", "n_channels", "inner", "per_split"), "i32")
+            block_p, block_c = (32, 64) if last else (2048, 1)
+            tile = {"CHANNELS_LAST": last, "WIDE": False, "BLOCK_P": block_p, "BLOCK_C": block_c}
+            builds.append(
+                Build(
+                    f"norm_act_moments {tail}",
+                    _moments_kernel,
+                    {"p_x": t, "p_k": k, "p_sums": k, **tile_sizes},
+                    tile,
+                    elements=2048,
+                    least=size,
+                )
+            )
+            for up in (1, 2):
+                meta = {"ALPHA": 0.2, "ACT": "lrelu", "UP": up}
+                name = f"{tail} up{up}"
+                for block, warps in FLAT_CONFIGS if dtype == "bf16" else FLAT_CONFIGS[:1]:
+                    flat = {**meta, "CHANNELS_LAST": last, "GROUP": 8, "BLOCK": block}
+                    common = (warps, 2, block)
+                    builds += [
+                        Build(
+                            f"norm_act {name} {block}",
+                            _apply_kernel,
+                            {"p_x": t, "p_k": k, "p_y": t, **flat_sizes},
+                            flat,
+                            *common,
+                            size * (1 + up * up),
+                            flat_skip,
+                        ),
+                        Build(
+                            f"norm_act_backward {name} {block}",
+                            _backward_apply_kernel,
+                            {"p_dy": t, "p_x": t, "p_k": k, "p_dx": t, **flat_sizes},
+                            {**flat, "p_v": None, "p_ddy": None},
+                            *common,
+                            size * (2 + up * up),
+                            flat_skip,
+                        ),
+                        Build(
+                            f"norm_act_double_backward {name} {block}",
+                            _backward_apply_kernel,
+                            {
+                                **dict.fromkeys(("p_dy", "p_x", "p_v"), t),
+                                "p_k": k,
+                                **dict.fromkeys(("p_ddy", "p_dx"), t),
+                                **flat_sizes,
+                            },
+                            flat,
+                            *common,
+                            size * (3 + 2 * up * up),
+                            flat_skip,
+                        ),
+                    ]
+                sums = {"p_dy": t, "p_x": t, "p_v": t, "p_k": k, "p_sums": k, **tile_sizes, "width": "i32"}
+                builds.append(
+                    Build(
+                        f"norm_act_double_backward_sums {name}",
+                        _backward_sums_kernel,
+                        sums,
+                        tile | meta,
+                        elements=2048,
+                        least=size * (2 + up * up),
+                    )
+                )
+                sums = {n: v for n, v in sums.items() if n != "p_v"}
+                builds.append(
+                    Build(
+                        f"norm_act_backward_sums {name}",
+                        _backward_sums_kernel,
+                        sums,
+                        {**tile, **meta, "p_v": None},
+                        elements=2048,
+                        least=size * (1 + up * up),
+                    )
+                )
+            for channels in (64, 512) if dtype == "bf16" else (512,):
+                rows = max(1, 4096 // channels)
+                meta = {
+                    "EPS": 1e-8,
+                    "CHANNELS_LAST": last,
+                    "WIDE": False,
+                    "BLOCK_P": rows,
+                    "BLOCK_C": channels,
+                }
+                sizes = dict.fromkeys(("n_positions", "n_channels", "inner"), "i32")
+                for passes, present in ((2, ()), (3, ("p_dy",)), (5, ("p_v", "p_dy"))):
+                    absent = [n for n in ("p_v", "p_dy") if n not in present]
+                    builds.append(
+                        Build(
+                            f"pixel_norm order {len(present)} {tail} {channels}",
+                            _pixel_norm_kernel,
+                            {**dict.fromkeys((*present, "p_x", "p_out", "p_dx"), t), **sizes},
+                            {**meta, **dict.fromkeys(absent, None)},
+                            elements=rows * channels,
+                            least=passes * size,
+                        )
+                    )
+    return builds
+
+
+OFFLINE = _offline()

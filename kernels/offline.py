@@ -2,9 +2,9 @@
 
     python -m fastgan.kernels.offline [--arch sm_90 ...] [--op bias_act ...] [--json]
 
-Registers, spills, shared memory against the limit, 128-bit loads and matrix instructions come from the machine
-code; bytes per result from the loads and stores of the compiler's own intermediate form, a loop's body counted
-once. Exit status 1 when a kernel does not compile, spills or asks for too much shared memory.
+Registers, spills, shared memory against the limit, 128-bit loads and matrix instructions come from the
+machine code; bytes per result from the loads and stores of the compiler's own intermediate form, a loop's
+body counted once. Exit status 1 when a kernel does not compile, spills or asks for too much shared memory.
 """
 
 import argparse
@@ -12,11 +12,13 @@ import dataclasses
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +45,7 @@ WIDE_LOAD = re.compile(r"\b(?:LDG\.E\S*\.128|LDGSTS\.E\S*\.128|UTMALDG|(?:global
 LOAD = re.compile(r"\b(?:LDG|LDGSTS|UTMALDG|global_load|buffer_load)")
 MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|QMMA|IMMA|DMMA|v_mfma)")
 SPILL = re.compile(r"\b(?:STL|LDL|scratch_store|scratch_load)")
-ACCESS = re.compile(
-    r"= tt\.load .*: (.*?)(?: loc|$)|tt\.store .*: (.*?)(?: loc|$)|ttg\.async_copy_global_to_local .*: (.*?) ->"
-)
+ACCESS = re.compile(r"= tt\.load .*: (.*?)(?: loc|$)|tt\.store .*: (.*?)(?: loc|$)")
 TENSOR = re.compile(r"(?:tensor<([\dx]+)x)?!tt\.ptr<\w*?(\d+)(?:,[^>]*)?>")
 
 
@@ -129,10 +129,10 @@ def _machine_code(compiled: Any) -> tuple[str, int]:
         return _tool("nvdisasm", cubin), int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
 
 
-def _bytes(ttgir: str) -> int:
+def _bytes(ttir: str) -> int:
     """Bytes that the loads and stores in the text move, each executed once."""
     total = 0
-    for line in ttgir.splitlines():
+    for line in ttir.splitlines():
         for types in ACCESS.findall(line):
             for shape, bits in TENSOR.findall("".join(types))[:1]:
                 total += math.prod(int(d) for d in shape.split("x") if d) * int(bits) // 8
@@ -143,7 +143,7 @@ def measure(op: str, build: Build, arch: str) -> Result:
     result = Result(op, build.name, arch, shared_limit=SHARED_LIMIT[arch], least_bytes=build.least)
     try:
         compiled = _compile(build, arch)
-    except Exception as error:  # noqa: BLE001 - whatever the compiler raises is the finding
+    except Exception as error:  # whatever the compiler raises is the finding
         result.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         return result
     text, result.registers = _machine_code(compiled)
@@ -153,15 +153,24 @@ def measure(op: str, build: Build, arch: str) -> Result:
     result.wide_loads = len(WIDE_LOAD.findall(text))
     result.matrix = ",".join(sorted(set(MATRIX.findall(text))))
     if build.elements:
-        result.bytes_per_element = _bytes(compiled.asm["ttgir"]) / build.elements
+        result.bytes_per_element = _bytes(compiled.asm["ttir"]) / build.elements
     return result
 
 
-def report(archs: list[str], ops: list[str]) -> list[Result]:
+def _measure_one(work: tuple[str, int, str]) -> Result:
+    op, i, arch = work
+    return measure(op, builds(op)[i], arch)
+
+
+def report(archs: list[str], ops: list[str], jobs: int = 1) -> list[Result]:
     """Every configuration of `ops` on `archs`. Raises RuntimeError under TRITON_INTERPRET."""
     if interpreting():
         raise RuntimeError("offline compilation needs a process without TRITON_INTERPRET=1")
-    return [measure(op, build, arch) for op in ops for build in builds(op) for arch in archs]
+    work = [(op, i, arch) for op in ops for i in range(len(builds(op))) for arch in archs]
+    if jobs == 1 or len(work) < 8:
+        return [_measure_one(w) for w in work]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_measure_one, work, chunksize=4))
 
 
 def table(results: list[Result]) -> str:
@@ -175,7 +184,8 @@ def table(results: list[Result]) -> str:
             continue
         lines.append(
             f"{r.name:{width}} {r.arch:7} {r.registers:4} {r.spills:6} {r.shared:6}/{r.shared_limit:<7}"
-            f" {r.wide_loads:6}/{r.loads:<6} {r.matrix or '-':7} {r.bytes_per_element:6.2f} ({r.least_bytes:g})"
+            f" {r.wide_loads:6}/{r.loads:<6} {r.matrix or '-':7}"
+            f" {r.bytes_per_element:6.2f} ({r.least_bytes:g})"
         )
     return "\n".join(lines)
 
@@ -187,8 +197,11 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", choices=[*SHARED_LIMIT], default=[*SHARED_LIMIT], metavar="ARCH")
     parser.add_argument("--op", nargs="+", choices=OPS, default=[*OPS], metavar="OP")
     parser.add_argument("--json", action="store_true", help="one JSON array instead of the table")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile at once"
+    )
     args = parser.parse_args()
-    results = report(args.arch, args.op)
+    results = report(args.arch, args.op, args.jobs)
     print(json.dumps([dataclasses.asdict(r) for r in results], indent=1) if args.json else table(results))
     return 0 if all(r.good for r in results) else 1
 

@@ -136,7 +136,8 @@ def _fir_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Output positions n = planes * out_h * out_w. Only taps that meet a sample of x, not an inserted zero."""
+    """Output positions n = planes * out_h * out_w. Only taps that meet a sample of x, not an inserted
+    zero."""
     i_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     i_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     if WIDE:
@@ -198,7 +199,8 @@ def _fir2x_kernel(
     """4x4 taps, 2x up or 2x down: each position makes 2x2 outputs from one window of x.
 
     Going up the window has 3x3 samples (2 along an axis whose padding is odd), where the outputs on their own
-    would load 16; going down it has 6x6 in place of 64. Positions n = planes * ceil(out_h / 2) * ceil(out_w / 2).
+    would load 16; going down it has 6x6 in place of 64. Positions n = planes * ceil(out_h / 2) * ceil(out_w
+    / 2).
     """
     i_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     i_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -253,8 +255,8 @@ def _new_output(x: Tensor, f: Tensor, up: Sequence[int], down: Sequence[int], pa
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
-CONFIGS = ((1024, 4), (512, 4), (2048, 8))  # elements of a tile, warps
-CONFIGS_2X = ((512, 4), (256, 4), (1024, 8))
+CONFIGS = ((1024, 4), (2048, 8))  # elements of a tile, warps
+CONFIGS_2X_NCHW = ((512, 4), (1024, 8))
 
 
 def _block_c(channels: int) -> int:
@@ -323,7 +325,7 @@ def _upfirdn2d(
 
     key = (x.dtype, tuple(f.shape), tuple(up), tuple(down), last, bucket(y.numel()))
     with torch.cuda.device_of(x):
-        launch(tuned("upfirdn2d", key, CONFIGS_2X if twice else CONFIGS, launch, x.device))
+        launch(tuned("upfirdn2d", key, CONFIGS_2X_NCHW if twice and not last else CONFIGS, launch, x.device))
     return y
 
 
@@ -455,3 +457,41 @@ def downsample2d(
     (dx, dy), (x0, x1, y0, y1), (fw, fh) = _pair(down, "down"), parse_padding(padding), filter_size(f)
     pad = [x0 + (fw - dx + 1) // 2, x1 + (fw - dx) // 2, y0 + (fh - dy + 1) // 2, y1 + (fh - dy) // 2]
     return upfirdn2d(x, f, down=(dx, dy), padding=pad, flip_filter=flip_filter, gain=gain)
+
+
+def _offline() -> list[Build]:
+    builds = []
+    sizes = dict.fromkeys(("n", "h", "w", "out_h", "out_w", "n_channels", "y0", "x0"), "i32")
+    for dtype, size in (("bf16", 2), ("fp32", 4)):
+        signature = {"p_x": f"*{dtype}", "p_f": "*fp32", "p_y": f"*{dtype}", **sizes}
+        for last in (False, True):
+            block_c, layout = (64, "nhwc") if last else (1, "nchw")
+            # Padding is no multiple of 16, nor are the sizes of one plane in NCHW.
+            unaligned = ("y0", "x0", "n") if last else (*sizes,)
+            for up, odd in ((True, 0), (True, 1), (False, 1)):
+                for block, warps in CONFIGS if last else CONFIGS_2X_NCHW:
+                    meta = {"UP": up, "ODD_Y": odd, "ODD_X": odd, "FLIP": False, "WIDE": False}
+                    meta |= {"BLOCK_P": block // block_c, "BLOCK_C": block_c, "JOIN": not last}
+                    meta |= {} if last else {"n_channels": 1}
+                    name = f"upfirdn2d 2x {'up' if up else 'down'} odd{odd} {dtype} {layout} {block}"
+                    least = size * (1.25 if up else 5)
+                    kept = {k: v for k, v in signature.items() if k not in meta}
+                    skip = tuple(u for u in unaligned if u in kept)
+                    builds.append(Build(name, _fir2x_kernel, kept, meta, warps, 2, 4 * block, least, skip))
+            for taps, up, down in (((4, 4), 1, 1), ((12, 1), 2, 1), ((1, 12), 1, 2), ((4, 4), 2, 3)):
+                for block, warps in CONFIGS if dtype == "bf16" else CONFIGS[:1]:
+                    meta = {"FH": taps[0], "FW": taps[1], "UP_Y": up if taps[0] > 1 else 1}
+                    meta |= {"UP_X": up if taps[1] > 1 else 1, "DOWN_Y": down if taps[0] > 1 else 1}
+                    meta |= {"DOWN_X": down if taps[1] > 1 else 1, "FLIP": False, "WIDE": False}
+                    meta |= {"BLOCK_P": block // block_c, "BLOCK_C": block_c}
+                    meta |= {} if last else {"n_channels": 1}
+                    name = f"upfirdn2d {taps[0]}x{taps[1]} up{up} down{down} {dtype} {layout} {block}"
+                    inputs = meta["DOWN_Y"] * meta["DOWN_X"] / (meta["UP_Y"] * meta["UP_X"])
+                    least = size * (1 + inputs)
+                    kept = {k: v for k, v in signature.items() if k not in meta}
+                    skip = tuple(u for u in unaligned if u in kept)
+                    builds.append(Build(name, _fir_kernel, kept, meta, warps, 2, block, least, skip))
+    return builds
+
+
+OFFLINE = _offline()

@@ -1,6 +1,5 @@
 """The fused operations against golden values: first and second order."""
 
-import pytest
 import torch
 from golden_cases import Case, golden
 
