@@ -332,9 +332,9 @@ def _scale_strides(s: Tensor | None) -> tuple[int, int]:
 def _noise_strides(noise: Tensor | None) -> tuple[int, int, int]:
     if noise is None:
         return 0, 0, 0
-    n, _, h, w = ((0,) * (4 - noise.ndim) + noise.stride()) if noise.ndim < 4 else noise.stride()
-    sizes = (1,) * (4 - noise.ndim) + tuple(noise.shape)
-    return (0 if sizes[0] == 1 else n, 0 if sizes[2] == 1 else h, 0 if sizes[3] == 1 else w)
+    strides = [0 if noise.shape[i] == 1 else noise.stride(i) for i in range(noise.ndim)]
+    n, _, h, w = [0] * (4 - noise.ndim) + strides
+    return n, h, w
 
 
 def _empty(x: Tensor, channels: int, h: int, w: int) -> Tensor:
@@ -385,12 +385,12 @@ def launch_conv(
         count = x.new_empty((tiles,), dtype=torch.int32) if stats else None
         partial = x.new_empty((tiles, 2, c_out), dtype=wide) if stats else None
         # A tile of several images would gather its scales; so small an image is scaled beforehand.
-        before = s_in is not None and not per_image
-        image = (x.to(wide) * s_in[:, :, None, None]).to(x.dtype) if before else x
+        before = None if per_image else s_in
+        image = x if before is None else (x.to(wide) * before[:, :, None, None]).to(x.dtype)
         _conv_kernel[(tiles * _cdiv(c_out, b_n),)](
             image,
             w,
-            None if before else s_in,
+            s_in if before is None else None,
             *tensors,
             y,
             count,

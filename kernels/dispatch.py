@@ -28,7 +28,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     import triton.language as tl
-    from triton import jit
+
+    jit: Callable[[Callable[..., Any]], Any]
 else:
     try:
         import triton.language as tl

@@ -1,4 +1,4 @@
-"""Break the elementwise kernels on purpose and see the suite catch every one: python tests/mutants.py [NAME
+"""Break the kernels on purpose and see the suite catch every one: python tests/mutants.py [NAME
 ...]
 
 A mutant is a substitution in the text of one kernel file, tried on a copy of the repository. Exit status 1
@@ -21,6 +21,7 @@ class Mutant(NamedTuple):
     old: str
     new: str
     tests: str  # pytest -k
+    suite: str = "interpreted_elementwise"
 
 
 MUTANTS = {
@@ -89,6 +90,49 @@ MUTANTS = {
     "minibatch double backward": Mutant(
         "minibatch_stddev", "return dx, sums.sum(2) * group", "return dx, sums.sum(2)", "golden_minibatch"
     ),
+    "convolution: taps not flipped": Mutant(
+        "conv_gemm", "KH - 1 - u_y, KW - 1 - u_x", "u_y, u_x", "primitive_agrees", "test_triton_conv"
+    ),
+    "convolution: phase off by one": Mutant(
+        "conv_gemm", "(pad - phase) % UP", "(pad - phase + 1) % UP", "primitive_agrees", "test_triton_conv"
+    ),
+    "convolution: missing mask": Mutant(
+        "conv_gemm", "& (i_x >= 0) & (i_x < in_w)", "& (i_x < in_w)", "primitive_agrees", "test_triton_conv"
+    ),
+    "convolution: grid rounded down": Mutant(
+        "conv_gemm",
+        "n * _cdiv(pixels, b_m) if per_image",
+        "n * (pixels // b_m) if per_image",
+        "every_forward",
+        "test_triton_conv",
+    ),
+    "convolution: wrong slope": Mutant(
+        "conv_gemm",
+        "acc, acc * ALPHA) * GAIN",
+        "acc, acc * 0.9 * ALPHA) * GAIN",
+        "epilogue",
+        "test_triton_conv",
+    ),
+    "weight gradient of one split": Mutant(
+        "conv_gemm", "partial.sum(0)", "(partial[0] * 2)", "every_weight", "test_triton_conv"
+    ),
+    "convolution: raw launch in backward": Mutant(
+        "conv_gemm",
+        "    x, g, s_in, s_out = ctx.saved_tensors",
+        "    x, g, s_in, s_out = ctx.saved_tensors\n    v = v.detach()",
+        "primitive_agrees",
+        "test_triton_conv",
+    ),
+    "batch norm's second order": Mutant(
+        "conv_transpose_bn_act",
+        " - h * scale * wide(r) * mean_of(a_pu)",
+        "",
+        "golden_batch_norm",
+        "test_triton_conv",
+    ),
+    "batch norm: variance not merged": Mutant(
+        "conv_gemm", "+ count * delta * delta", "", "every_forward", "test_triton_conv"
+    ),
 }
 
 
@@ -103,7 +147,7 @@ def survives(mutant: Mutant) -> bool:
             raise ValueError(f"{mutant.file}.py no longer holds {mutant.old!r}: update tests/mutants.py")
         file.write_text(text.replace(mutant.old, mutant.new))
         command = [sys.executable, "-m", "pytest", "-qx", "--tb=no", "-p", "no:cacheprovider"]
-        command += ["tests/interpreted_elementwise.py", "-k", mutant.tests]
+        command += [f"tests/{mutant.suite}.py", "-k", mutant.tests]
         env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": folder}
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
         if done.returncode not in (0, 1):
