@@ -5,14 +5,28 @@
 
 Scaling the input and the output instead of the weights gives one dense convolution for the whole batch in
 place of one group a sample; d needs only w summed over its taps, a small matrix product, and is kept in fp32.
+The kernel scales the operands of that convolution as it loads them and does the rest on its way out.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgan.kernels.bias_act import bias_act
-from fastgan.kernels.conv2d_resample import conv2d_resample
-from fastgan.kernels.upfirdn2d import Pair
+from fastgan.kernels.bias_act import bias_act, bias_act_ref
+from fastgan.kernels.conv2d_resample import (
+    check_activation,
+    class_tensors,
+    fir_ref,
+    gemm_fits,
+    gemm_resample,
+    library_resample,
+    shape_class,
+)
+from fastgan.kernels.conv_gemm import conv_builds, weight_builds
+from fastgan.kernels.dispatch import Op
+from fastgan.kernels.upfirdn2d import Pair, parse_padding, upfirdn2d
 
 
 def demodulation(weight: Tensor, styles: Tensor) -> Tensor:
@@ -22,24 +36,78 @@ def demodulation(weight: Tensor, styles: Tensor) -> Tensor:
     return (styles.to(dtype).square() @ w2.t() + 1e-8).rsqrt()
 
 
-def modulated_conv2d_ref(
+def _scale_conv_scale(
     x: Tensor,
     weight: Tensor,
     styles: Tensor,
     noise: Tensor | None,
     up: int,
     down: int,
-    padding: Pair,
-    resample_filter: Tensor | None,
+    padding: tuple[int, int, int, int],
+    f: Tensor | None,
     demodulate: bool,
+    fir: Callable[..., Tensor],
 ) -> Tensor:
     x = x * styles.to(x.dtype)[:, :, None, None]
-    x = conv2d_resample(x, weight, resample_filter, up=up, down=down, padding=padding, flip_weight=up == 1)
+    x = library_resample(x, weight, f, up, down, padding, 1, up == 1, False, fir)
     if demodulate:
         x = x * demodulation(weight, styles).to(x.dtype)[:, :, None, None]
     if noise is not None:
         x = x + noise.to(x.dtype)
     return x
+
+
+def modulated_conv2d_ref(
+    x, weight, styles, noise, up, down, padding, f, demodulate, bias, act, alpha, gain, clamp
+) -> Tensor:
+    x = _scale_conv_scale(x, weight, styles, noise, up, down, padding, f, demodulate, fir_ref)
+    return bias_act_ref(x, bias, 1, act, alpha, gain, clamp)
+
+
+def _library(
+    x, weight, styles, noise, up, down, padding, f, demodulate, bias, act, alpha, gain, clamp
+) -> Tensor:
+    x = _scale_conv_scale(x, weight, styles, noise, up, down, padding, f, demodulate, upfirdn2d)
+    return bias_act(x, bias, act=act, alpha=alpha, gain=gain, clamp=clamp)
+
+
+def _triton(
+    x, weight, styles, noise, up, down, padding, f, demodulate, bias, act, alpha, gain, clamp
+) -> Tensor:
+    if not gemm_fits(x, weight, f, up, 1):
+        return _library(
+            x, weight, styles, noise, up, down, padding, f, demodulate, bias, act, alpha, gain, clamp
+        )
+    d = demodulation(weight, styles) if demodulate else None
+    around = (styles, d, noise, bias, act, alpha, gain, clamp)
+    return gemm_resample(x, weight, f, up, down, padding, up == 1, False, *around)
+
+
+def _sample(dtype: torch.dtype, device: torch.device, key: Any, small: bool) -> tuple:
+    shapes, up, down, padding, demodulate, noisy, has_bias, *activation = key
+    x, weight, f = class_tensors(dtype, device, shapes, 1, up, down, small)
+    n, c_in = x.shape[:2]
+    styles = (1 + torch.randn(n, c_in, device=device) / 4).to(dtype).requires_grad_()
+    noise = None
+    if noisy:
+        with torch.no_grad():
+            size = _scale_conv_scale(x, weight, styles, None, up, down, padding, f, False, fir_ref).shape[2:]
+        noise = torch.randn(n, 1, *size, device=device).to(dtype).requires_grad_()
+    bias = torch.randn(weight.shape[0], device=device).to(dtype).requires_grad_() if has_bias else None
+    return x, weight, styles, noise, up, down, padding, f, demodulate, bias, *activation
+
+
+MODULATED_CONV2D = Op(
+    "modulated_conv2d", {"triton": _triton, "library": _library, "reference": modulated_conv2d_ref}, _sample
+)
+_NO_STATS = ("p_count", "p_stats")
+OFFLINE = [
+    *conv_builds("modulated_conv2d", "bf16", _NO_STATS, True),
+    *conv_builds("modulated_conv2d up 2", "bf16", _NO_STATS, True, UP=2, KH=6, KW=6),
+    *conv_builds("modulated_conv2d", "fp32", _NO_STATS, True),
+    *weight_builds("modulated_conv2d weight gradient", "bf16"),
+    *weight_builds("modulated_conv2d weight gradient", "fp32"),
+]
 
 
 def modulated_conv2d(
@@ -57,6 +125,8 @@ def modulated_conv2d(
     alpha: float | None = None,
     gain: float | None = None,
     clamp: float | None = None,
+    *,
+    impl: str | None = None,
 ) -> Tensor:
     """StyleGAN2's layer: modulate, convolve and resample, demodulate, add noise, then `bias_act`.
 
@@ -73,7 +143,12 @@ def modulated_conv2d(
         raise ValueError(f"weight must be [Cout, {x.shape[1]}, kh, kw] to match x: got {list(weight.shape)}")
     if styles.shape != (x.shape[0], x.shape[1]):
         raise ValueError(f"styles must be [{x.shape[0]}, {x.shape[1]}] to match x: got {list(styles.shape)}")
-    y = modulated_conv2d_ref(x, weight, styles, noise, up, down, padding, resample_filter, demodulate)
-    if bias is None and act == "linear" and gain is None and clamp is None:
-        return y
-    return bias_act(y, bias, act=act, alpha=alpha, gain=gain, clamp=clamp)
+    activation = check_activation(weight.shape[0], bias, act, alpha, gain, clamp)
+    pads = parse_padding(padding)
+
+    def key():
+        given = demodulate, noise is not None, bias is not None
+        return shape_class(x, weight, resample_filter), up, down, pads, *given, *activation
+
+    args = (weight, styles, noise, up, down, pads, resample_filter, demodulate, bias, *activation)
+    return MODULATED_CONV2D(x, *args, key=key, impl=impl)

@@ -1,0 +1,169 @@
+"""Break the kernels on purpose and see the suite catch every one: python tests/mutants.py [NAME
+...]
+
+A mutant is a substitution in the text of one kernel file, tried on a copy of the repository. Exit status 1
+when one survives.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Mutant(NamedTuple):
+    file: str
+    old: str
+    new: str
+    tests: str  # pytest -k
+    suite: str = "interpreted_elementwise"
+
+
+MUTANTS = {
+    "wrong slope": Mutant(
+        "bias_act",
+        "d = tl.where(u > 0, tl.zeros_like(u) + 1, tl.zeros_like(u) + ALPHA)",
+        "d = tl.where(u > 0, tl.zeros_like(u) + 1, tl.zeros_like(u) + 0.9 * ALPHA)",
+        "agree_to_second",
+    ),
+    "slope at the kink": Mutant(
+        "bias_act", "d = tl.where(u > 0, 1.0, 0.0)", "d = tl.where(u >= 0, 1.0, 0.0)", "bias_act"
+    ),
+    "clamp blocks its boundary": Mutant("bias_act", "* GAIN) <= CLAMP", "* GAIN) < CLAMP", "golden_bias_act"),
+    "grid rounded down": Mutant(
+        "bias_act", "kernel[(-(-n // block),)]", "kernel[(n // block,)]", "agree_to_second"
+    ),
+    "channel of a neighbour": Mutant(
+        "memory", "return (((row % n_channels)", "return ((((row + 1) % n_channels)", "golden_bias_act"
+    ),
+    "bias gradient of one split": Mutant(
+        "bias_act", "return dx, db.sum(0)", "return dx, db[0] * 2", "agree_to_second"
+    ),
+    "swish curvature": Mutant(
+        "bias_act", "(2 + u * (1 - 2 * s))", "(1 + u * (1 - 2 * s))", "golden_bias_act and swish"
+    ),
+    "raw launch in the backward of bias_act": Mutant(
+        "bias_act",
+        "_bias_act_backward.register_autograd(_double_backward, setup_context=_setup_backward)",
+        "_bias_act_backward.register_autograd(lambda ctx, *g: (None,) * 9, setup_context=_setup_backward)",
+        "raw_kernel",
+    ),
+    "missing mask": Mutant(
+        "upfirdn2d",
+        "            m &= (row + k >= 0) & (row + k < h) & (column + j >= 0) & (column + j < w)",
+        "            m &= (row + k >= 0) & (column + j >= 0) & (column + j < w)",
+        "golden_upfirdn2d",
+    ),
+    "transposed filter": Mutant(
+        "upfirdn2d",
+        "p_f + (u * 4 + v if FLIP else 15 - u * 4 - v)",
+        "p_f + (v * 4 + u if FLIP else 15 - v * 4 - u)",
+        "agree_to_second",
+    ),
+    "adjoint without flip": Mutant("upfirdn2d", "pad, not ctx.flip)", "pad, ctx.flip)", "golden_upfirdn2d"),
+    "odd output column dropped": Mutant(
+        "upfirdn2d", "half_w, half_h = (out_w + 1) // 2,", "half_w, half_h = out_w // 2,", "agree_to_second"
+    ),
+    "variance of the shifted sums": Mutant("norm_act", "(s2 - s1.square())", "s2", "conditional_batch_norm"),
+    "statistics taken as constants": Mutant(
+        "norm_act", "return lambda s: s / pixels", "return lambda s: 0 * s / pixels", "golden_instance_norm"
+    ),
+    "double backward without the covariance": Mutant(
+        "norm_act", "(2 * vh * wh - covariance)", "(2 * vh * wh)", "golden_conditional"
+    ),
+    "unbiased running variance": Mutant("norm_act", "(m / (m - 1))", "1.0", "golden_conditional"),
+    "three copies of four": Mutant(
+        "norm_act",
+        "return x + load(p + o + below, m) + load(p + o + below + n_channels, m)",
+        "return x + 2 * load(p + o + below, m)",
+        "agree_to_second",
+    ),
+    "pixel norm's second order": Mutant("norm_act", "(d - 3 * k * a * b)", "(d - k * a * b)", "pixel_norm"),
+    "groups of consecutive samples": Mutant(
+        "minibatch_stddev", "p + (i * n_groups + i_group)", "p + (i_group * group + i)", "golden_minibatch"
+    ),
+    "minibatch double backward": Mutant(
+        "minibatch_stddev", "return dx, sums.sum(2) * group", "return dx, sums.sum(2)", "golden_minibatch"
+    ),
+    "convolution: taps not flipped": Mutant(
+        "conv_gemm", "KH - 1 - u_y, KW - 1 - u_x", "u_y, u_x", "primitive_agrees", "test_triton_conv"
+    ),
+    "convolution: phase off by one": Mutant(
+        "conv_gemm", "(pad - phase) % UP", "(pad - phase + 1) % UP", "primitive_agrees", "test_triton_conv"
+    ),
+    "convolution: missing mask": Mutant(
+        "conv_gemm", "& (i_x >= 0) & (i_x < in_w)", "& (i_x < in_w)", "primitive_agrees", "test_triton_conv"
+    ),
+    "convolution: grid rounded down": Mutant(
+        "conv_gemm",
+        "n * _cdiv(pixels, b_m) if per_image",
+        "n * (pixels // b_m) if per_image",
+        "every_forward",
+        "test_triton_conv",
+    ),
+    "convolution: wrong slope": Mutant(
+        "conv_gemm",
+        "acc, acc * ALPHA) * GAIN",
+        "acc, acc * 0.9 * ALPHA) * GAIN",
+        "epilogue",
+        "test_triton_conv",
+    ),
+    "weight gradient of one split": Mutant(
+        "conv_gemm", "partial.sum(0)", "(partial[0] * 2)", "every_weight", "test_triton_conv"
+    ),
+    "convolution: raw launch in backward": Mutant(
+        "conv_gemm",
+        "    x, g, s_in, s_out = ctx.saved_tensors",
+        "    x, g, s_in, s_out = ctx.saved_tensors\n    v = v.detach()",
+        "primitive_agrees",
+        "test_triton_conv",
+    ),
+    "batch norm's second order": Mutant(
+        "conv_transpose_bn_act",
+        " - h * scale * wide(r) * mean_of(a_pu)",
+        "",
+        "golden_batch_norm",
+        "test_triton_conv",
+    ),
+    "batch norm: variance not merged": Mutant(
+        "conv_gemm", "+ count * delta * delta", "", "every_forward", "test_triton_conv"
+    ),
+}
+
+
+def survives(mutant: Mutant) -> bool:
+    """True when the tests still pass on the mutant."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("fastgan", "kernels", "tests"):
+            shutil.copytree(ROOT / name, Path(folder) / name, symlinks=True)
+        file = Path(folder) / "kernels" / f"{mutant.file}.py"
+        text = file.read_text()
+        if mutant.old not in text:
+            raise ValueError(f"{mutant.file}.py no longer holds {mutant.old!r}: update tests/mutants.py")
+        file.write_text(text.replace(mutant.old, mutant.new))
+        command = [sys.executable, "-m", "pytest", "-qx", "--tb=no", "-p", "no:cacheprovider"]
+        command += [f"tests/{mutant.suite}.py", "-k", mutant.tests]
+        env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": folder}
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+        if done.returncode not in (0, 1):
+            raise RuntimeError(f"pytest could not run: {done.stdout[-1000:]}{done.stderr[-1000:]}")
+        return done.returncode == 0
+
+
+def main() -> int:
+    survivors = []
+    for name in sys.argv[1:] or MUTANTS:
+        alive = survives(MUTANTS[name])
+        print(f"{'SURVIVED' if alive else 'caught':9} {name}", flush=True)
+        survivors += [name] if alive else []
+    print(f"{len(survivors)} survived" if survivors else "all caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

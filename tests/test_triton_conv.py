@@ -1,0 +1,455 @@
+"""The convolution kernels, run by Triton's interpreter on the CPU, and compiled for GPUs that are not here.
+
+The interpreter has to be chosen before a kernel is imported, so this file runs itself in a second process.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden_cases import Case, golden
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from fastgan.kernels import conv_gemm as gemm
+from fastgan.kernels import offline
+from fastgan.kernels.conv2d_resample import conv2d_resample
+from fastgan.kernels.conv_gemm import conv_gemm, conv_gemm_stats, conv_gemm_weight, convolve
+from fastgan.kernels.conv_transpose_bn_act import conv2d_bn_act, conv_transpose2d_bn_act
+from fastgan.kernels.dispatch import interpreting
+from fastgan.kernels.modulated_conv2d import modulated_conv2d
+from fastgan.kernels.upfirdn2d import setup_filter
+
+interpreted = pytest.mark.skipif(not interpreting(), reason="runs in the process with TRITON_INTERPRET=1")
+compiled = pytest.mark.skipif(interpreting(), reason="needs a process without TRITON_INTERPRET=1")
+DOUBLE = torch.float64
+# up, down, kernel, (H, W)
+GEOMETRIES = [
+    (1, 1, 3, (5, 4)),
+    (1, 2, 4, (6, 6)),
+    (2, 1, 4, (3, 4)),
+    (1, 1, 1, (1, 3)),
+    (3, 1, 5, (2, 3)),
+]
+
+
+@compiled
+def test_in_the_interpreter():
+    """Everything below that is marked interpreted."""
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(
+        run, check=False, env=env, capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+@compiled
+def test_kernel_without_a_gpu_is_refused():
+    x = torch.randn(1, 2, 4, 4)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+        conv2d_resample(x, torch.randn(2, 2, 3, 3), padding=1, impl="triton")
+
+
+@compiled
+@pytest.mark.parametrize("arch", offline.SHARED_LIMIT)
+def test_compiles_offline(arch: str):
+    """No spills, shared memory within the limit, matrix instructions in every convolution."""
+    seen = {}
+    for op in ("modulated_conv2d", "conv_transpose_bn_act"):
+        for build in offline.builds(op):
+            seen.setdefault(
+                (build.kernel, str(build.signature.get("p_x")), build.constexprs.get("BLOCK_N")), (op, build)
+            )
+    results = [offline.measure(op, build, arch) for op, build in seen.values()]
+    bad = [r for r in results if not r.good or not (r.matrix or "batch norm" in r.name)]
+    assert not bad, offline.table(bad)
+    assert len(results) > 10
+
+
+@pytest.fixture(autouse=True)
+def few_splits(monkeypatch):
+    """The interpreter pays for every program; 40 still split the weight gradient of a 3x3 convolution."""
+    monkeypatch.setattr(gemm, "WEIGHT_PROGRAMS", 40)
+
+
+@pytest.fixture
+def poison():
+    """Memory that nothing was written to reads as NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def random(
+    *shape: int, dtype: torch.dtype = DOUBLE, layout: torch.memory_format = torch.contiguous_format
+) -> Tensor:
+    x = torch.randn(shape, dtype=torch.float32).to(dtype)
+    return (x.contiguous(memory_format=layout) if len(shape) == 4 else x).requires_grad_()
+
+
+def convolve_ref(
+    x: Tensor, w: Tensor, s_in: Tensor | None, s_out: Tensor | None, geometry: tuple, flip: bool
+) -> Tensor:
+    up, down, pad_y, pad_x, out_h, out_w = geometry
+    n, c, h, width = x.shape
+    kh, kw = w.shape[2:]
+    x = x if s_in is None else x * s_in[:, :, None, None]
+    z = F.pad(x.reshape(n, c, h, 1, width, 1), [0, up - 1, 0, 0, 0, up - 1]).reshape(n, c, h * up, width * up)
+    right, bottom = (out_w - 1) * down + kw - pad_x - width * up, (out_h - 1) * down + kh - pad_y - h * up
+    z = F.pad(z, [pad_x, max(right, 0), pad_y, max(bottom, 0)])
+    y = F.conv2d(z, w.flip([2, 3]) if flip else w, stride=down)[:, :, :out_h, :out_w]
+    return y if s_out is None else y * s_out[:, :, None, None]
+
+
+def geometry_of(up: int, down: int, k: int, size: tuple[int, int]) -> tuple[int, ...]:
+    return up, down, k // 2, (k - 1) // 2, size[0] * up // down or 1, size[1] * up // down or 1
+
+
+def agree(run: Callable, reference: Callable, inputs: list[Tensor], tol: float = 1e-9) -> None:
+    """Values, gradients for random cotangents, and gradients of those for random cotangents."""
+    generator = torch.Generator().manual_seed(7)
+    results = []
+    for f in (run, reference):
+        generator.manual_seed(7)
+        y = f(*inputs)
+        cotangent = torch.randn(y.shape, generator=generator, dtype=DOUBLE).to(y.dtype).requires_grad_()
+        grads = torch.autograd.grad(y, inputs, cotangent, create_graph=True)
+        loss = sum((g * torch.randn(g.shape, generator=generator, dtype=DOUBLE)).sum() for g in grads)
+        seconds = torch.autograd.grad(loss, [*inputs, cotangent], materialize_grads=True, allow_unused=True)
+        results.append([y, *grads, *seconds])
+    for i, (ours, theirs) in enumerate(zip(*results, strict=True)):
+        error = (ours - theirs).abs().max().item()
+        assert error <= tol * max(theirs.abs().max().item(), 1e-3), f"result {i}: error {error:.3g}"
+
+
+@interpreted
+@pytest.mark.parametrize("i", range(len(GEOMETRIES)))
+def test_primitive_agrees_to_second_order(i, poison):
+    up, down, k, size = GEOMETRIES[i]
+    layout = torch.channels_last if i % 2 else torch.contiguous_format
+    x, w = random(2, 3, *size, layout=layout), random(5, 3, k, k)
+    args = geometry_of(up, down, k, size), down == 1
+    inputs = [x, w, random(2, 3), random(2, 5)]
+    agree(lambda *t: convolve(*t, *args), lambda *t: convolve_ref(*t, *args), inputs)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "act, clamp, noise_shape",
+    [
+        ("lrelu", 0.9, (2, 1, 6, 4)),
+        ("relu", None, (6, 4)),
+        ("linear", 0.7, (6, 4)),
+        ("lrelu", None, (1, 1, 1, 4)),
+    ],
+)
+def test_epilogue_agrees_to_second_order(act, clamp, noise_shape, poison):
+    geometry = geometry_of(2, 1, 4, (3, 2))
+    noise, bias = random(*noise_shape), random(5)
+    alpha = {"lrelu": 0.3, "relu": 0.0, "linear": 1.0}[act]
+
+    def reference(x, w, s_in, s_out, noise, bias):
+        y = convolve_ref(x, w, s_in, s_out, geometry, True) + noise + bias[:, None, None]
+        y = torch.where(y > 0, y, alpha * y) * 1.7
+        return y if clamp is None else y.clamp(-clamp, clamp)
+
+    def run(*tensors):
+        return conv_gemm(*tensors, geometry, True, act, alpha, 1.7, clamp)
+
+    agree(run, reference, [random(2, 3, 3, 2), random(5, 3, 4, 4), random(2, 3), random(2, 5), noise, bias])
+
+
+@interpreted
+def test_zero_styles_have_right_gradients():
+    """A zero scale stops nothing: its own gradient needs the unscaled product."""
+    args = geometry_of(1, 1, 3, (3, 3)), False
+    s_in = torch.zeros(1, 2, dtype=DOUBLE, requires_grad=True)
+    inputs = [random(1, 2, 3, 3), random(2, 2, 3, 3), s_in, random(1, 2)]
+    agree(lambda *t: convolve(*t, *args), lambda *t: convolve_ref(*t, *args), inputs)
+
+
+@interpreted
+@pytest.mark.parametrize("size", [1, 3, 63, 65])
+def test_odd_sizes_and_channels(size, poison):
+    x, w = random(1, 1, size, 3), random(size, 1, 3, 3)
+    geometry = (1, 1, 1, 1, size, 3)
+    y = convolve(x, w, None, None, geometry, False)
+    torch.testing.assert_close(y, F.conv2d(x, w, padding=1))
+    g = torch.randn_like(y)
+    ours = torch.autograd.grad(y, [x, w], g)
+    for a, b in zip(ours, torch.autograd.grad(F.conv2d(x, w, padding=1), [x, w], g), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@interpreted
+@pytest.mark.parametrize("config", gemm.CONV_CONFIGS, ids=str)
+def test_every_forward_configuration(config, poison):
+    for n, size in ((3, (5, 3)), (1, (12, 13))):  # a tile that spans images, tiles within one
+        x, w, s_in, s_out = random(n, 35, *size), random(17, 35, 4, 4), random(n, 35), random(n, 17)
+        geometry = geometry_of(2, 1, 4, size)
+        with torch.no_grad():
+            plain = (None, None, geometry, False, "linear", 0.0, 1.0, None)
+            y, _, _ = gemm.launch_conv(x, w, s_in, s_out, *plain, config=config)
+            expected = convolve_ref(x, w, s_in, s_out, geometry, False)
+            torch.testing.assert_close(y, expected)
+            _, mean, var = gemm.launch_conv(x + 50, w, None, None, *plain, stats=True, config=config)
+            expected = convolve_ref(x + 50, w, None, None, geometry, False)
+        assert mean is not None and var is not None
+        torch.testing.assert_close(mean, expected.mean([0, 2, 3]))
+        torch.testing.assert_close(var, expected.var([0, 2, 3], correction=0))
+
+
+@interpreted
+@pytest.mark.parametrize("config", gemm.WEIGHT_CONFIGS, ids=str)
+@pytest.mark.parametrize("programs", [1, 200])
+def test_every_weight_configuration(config, programs, monkeypatch, poison):
+    monkeypatch.setattr(gemm, "WEIGHT_PROGRAMS", programs)
+    for up, down in ((1, 2), (2, 1)):
+        geometry = geometry_of(up, down, 3, (6, 8))
+        x, w, s_in, s_out = random(3, 18, 6, 8), random(19, 18, 3, 3), random(3, 18), random(3, 19)
+        y = convolve_ref(x, w, s_in, s_out, geometry, True)
+        g = torch.randn_like(y)
+        with torch.no_grad():
+            dw = gemm.launch_weight(x, g, s_in, s_out, geometry, True, 3, 3, config=config)
+        torch.testing.assert_close(dw, torch.autograd.grad(y, w, g)[0])
+
+
+@interpreted
+def test_gradcheck_of_the_primitives():
+    geometry = geometry_of(2, 1, 3, (2, 1))
+    inputs = [
+        random(1, 2, 2, 1),
+        random(2, 2, 3, 3),
+        random(1, 2),
+        random(1, 2),
+        random(1, 1, 4, 2),
+        random(2),
+    ]
+
+    def forward(*tensors):
+        return conv_gemm(*tensors, geometry, False, "lrelu", 0.2, 1.4, None)
+
+    assert gradcheck(forward, inputs) and gradgradcheck(forward, inputs, fast_mode=True)
+    inputs = [random(1, 2, 2, 1), random(1, 2, 4, 2), random(1, 2), random(1, 2)]
+
+    def weight(*tensors):
+        return conv_gemm_weight(*tensors, geometry, True, 3, 3)
+
+    assert gradcheck(weight, inputs) and gradgradcheck(weight, inputs, fast_mode=True)
+    inputs = [random(2, 2, 2, 3), random(2, 2, 2, 2), random(2)]
+
+    def with_stats(*tensors):
+        return conv_gemm_stats(*tensors, (1, 1, 1, 1, 3, 4), False)[0]
+
+    assert gradcheck(with_stats, inputs) and gradgradcheck(with_stats, inputs, fast_mode=True)
+
+
+@interpreted
+@pytest.mark.parametrize("up, down", [(1, 1), (2, 1), (1, 2)])
+def test_gradcheck_of_modulated_conv2d(up, down):
+    x = random(1, 1, 4, 2).detach().transpose(2, 3).requires_grad_()  # neither layout
+    out = (2 * up // down, 4 * up // down)
+    inputs = [x, random(2, 1, 3, 3), random(1, 1), random(1, 1, *out), random(2)]
+
+    def run(x, weight, styles, noise, bias):
+        f = setup_filter([1, 2])
+        act = {"up": up, "down": down, "padding": 1, "resample_filter": f, "bias": bias, "act": "lrelu"}
+        return modulated_conv2d(x, weight, styles, noise, **act, impl="triton")
+
+    assert gradcheck(run, inputs, fast_mode=True) and gradgradcheck(run, inputs, fast_mode=True)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "op, training, layout",
+    [
+        (conv_transpose2d_bn_act, True, torch.channels_last),
+        (conv2d_bn_act, True, torch.contiguous_format),
+        (conv_transpose2d_bn_act, False, torch.contiguous_format),
+    ],
+)
+def test_gradcheck_of_batch_norm(op, training, layout):
+    weight = random(2, 3, 3, 3) if op is conv_transpose2d_bn_act else random(3, 2, 3, 3)
+    inputs = [random(2, 2, 2, 3, layout=layout), weight, random(3), random(3), random(3)]
+
+    def run(x, weight, gamma, beta, bias):
+        mean, var = torch.zeros(3, dtype=DOUBLE), torch.ones(3, dtype=DOUBLE)
+        return op(x, weight, gamma, beta, mean, var, bias, training=training, impl="triton")
+
+    assert gradcheck(run, inputs, fast_mode=True) and gradgradcheck(run, inputs, fast_mode=True)
+
+
+@interpreted
+def test_empty_batch():
+    x, w = random(0, 3, 4, 4), random(5, 3, 3, 3)
+    y = modulated_conv2d(x, w, random(0, 3), padding=1, act="lrelu", bias=random(5), impl="triton")
+    assert y.shape == (0, 5, 4, 4)
+    y.sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape and w.grad is not None and not w.grad.any()
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("up", [1, 2])
+def test_error_is_at_most_twice_the_reference(dtype, up):
+    f = setup_filter([1, 3, 3, 1])
+    inputs = [random(2, 16, 6, 6), random(8, 16, 3, 3), random(2, 16), random(8)]
+
+    def run(impl: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
+        x, weight, styles, bias = leaves
+        y = modulated_conv2d(
+            x,
+            weight,
+            styles,
+            up=up,
+            padding=1,
+            resample_filter=f,
+            bias=bias,
+            act="lrelu",
+            clamp=256,
+            impl=impl,
+        )
+        g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        return [t.double() for t in (y, *torch.autograd.grad(y, leaves, g))]
+
+    for exact, plain, ours in zip(
+        run("reference", DOUBLE), run("reference", dtype), run("triton", dtype), strict=True
+    ):
+        slack = 4 * torch.finfo(dtype).eps * exact.abs().max()
+        assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max() + slack
+
+
+def leaves(case: Case) -> dict[str, Tensor]:
+    return {k: t.requires_grad_(k in case.spec["differentiable"]) for k, t in case.group("in.").items()}
+
+
+@interpreted
+@pytest.mark.parametrize("impl", ["triton", "library"])
+@golden("conv2d_resample")
+def test_golden_conv2d_resample(case: Case, impl: str):
+    inputs = leaves(case)
+    y = conv2d_resample(inputs["x"], inputs["w"], inputs.get("f"), **case.args, impl=impl)
+    case.check_derivatives(y, inputs)
+
+
+@interpreted
+@pytest.mark.parametrize("impl", ["triton", "library"])
+@golden("modulated_conv2d", "modulated_conv2d")
+def test_golden_modulated_conv2d(case: Case, impl: str):
+    if not case.args["fused_modconv"]:
+        pytest.skip("the same numbers as the fused case")
+    args = {k: v for k, v in case.args.items() if k not in ("flip_weight", "fused_modconv")}
+    inputs = leaves(case)
+    x, weight, styles = inputs["x"], inputs["weight"], inputs["styles"]
+    y = modulated_conv2d(
+        x, weight, styles, inputs.get("noise"), resample_filter=inputs["f"], **args, impl=impl
+    )
+    case.check_derivatives(y, inputs)
+
+
+@pytest.mark.parametrize("impl", ["triton", "library", "reference"])
+@golden("bn_lrelu_fused", "convT_bn_lrelu", "conv_bn_lrelu")
+def test_golden_batch_norm(case: Case, impl: str):
+    if impl != "reference" and not interpreting():
+        pytest.skip("runs in the process with TRITON_INTERPRET=1")
+    inputs = leaves(case)
+    args = {k: v for k, v in case.args.items() if k != "train"}
+    op = conv_transpose2d_bn_act if case.spec["op"] == "convT_bn_lrelu" else conv2d_bn_act
+    case.check_derivatives(op(**inputs, **args, training=case.args["train"], impl=impl), inputs)
+    case.check("out.running_mean", inputs["running_mean"])
+    case.check("out.running_var", inputs["running_var"])
+
+
+def penalty_of(layers: Callable[..., Tensor], wrt: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    """Gradients, for every parameter, of the squared norm of d <layers, fixed noise> / d wrt."""
+    y = layers(wrt, *parameters)
+    noise = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+    (g,) = torch.autograd.grad((y * noise).sum(), wrt, create_graph=True)
+    options = {"allow_unused": True, "materialize_grads": True}  # the last bias never reaches g
+    return list(torch.autograd.grad(g.square().sum(), parameters, **options))
+
+
+def as_one_graph(step: Callable) -> Callable:
+    torch._dynamo.reset()
+    return torch.compile(step, fullgraph=True, backend="aot_eager")
+
+
+def discriminator(x, w0, b0, w1, b1, impl):
+    f = setup_filter([1, 3, 3, 1])
+    x = conv2d_resample(x, w0, padding=1, bias=b0, act="lrelu", impl=impl)
+    return conv2d_resample(x, w1, f, down=2, padding=1, bias=b1, act="lrelu", clamp=256.0, impl=impl)
+
+
+def generator(styles, x, w0, w1, b, impl):
+    f = setup_filter([1, 3, 3, 1])
+    x = modulated_conv2d(x, w0, styles, up=2, padding=1, resample_filter=f, act="lrelu", bias=b, impl=impl)
+    return modulated_conv2d(x, w1, styles, padding=1, act="lrelu", impl=impl)
+
+
+def batch_norm_discriminator(x, w0, w1, gamma, beta, impl):
+    mean, var = torch.zeros_like(gamma), torch.ones_like(gamma)
+    x = conv2d_bn_act(x, w0, gamma, beta, mean, var, impl=impl)
+    return conv_transpose2d_bn_act(x, w1, gamma, beta, mean, var, impl=impl)
+
+
+@interpreted
+@pytest.mark.parametrize("net", [discriminator, generator, batch_norm_discriminator])
+@torch._dynamo.config.patch(trace_autograd_ops=True)
+def test_compiled_second_order_equals_eager(net):
+    """R1 and path length in one graph: equal to eager, and eager to the reference, for every parameter."""
+    if net is discriminator:
+        inputs = [random(1, 2, 4, 4), random(3, 2, 3, 3), random(3), random(2, 3, 3, 3), random(2)]
+    elif net is generator:
+        inputs = [random(1, 2), random(1, 2, 3, 3), random(2, 2, 3, 3), random(3, 2, 3, 3), random(2)]
+    else:
+        inputs = [random(2, 2, 6, 6), random(3, 2, 4, 4), random(3, 3, 4, 4), random(3), random(3)]
+    wrt, *parameters = inputs
+    expected = penalty_of(functools.partial(net, impl="reference"), wrt, parameters)
+    kernels = functools.partial(net, impl="triton")
+    eager = penalty_of(kernels, wrt, parameters)
+    step = as_one_graph(lambda wrt, *parameters: penalty_of(kernels, wrt, parameters))
+    assert sum(bool(c.any()) for c in expected) >= len(expected) - 2
+    for a, b, c in zip(eager, step(wrt, *parameters), expected, strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(b, c, rtol=1e-8, atol=1e-8)
+
+
+@interpreted
+def test_running_statistics_inside_one_graph():
+    x, weight, gamma, beta = random(2, 2, 4, 4), random(2, 3, 4, 4), random(3), random(3)
+    eager, traced = ((torch.zeros(3, dtype=DOUBLE), torch.ones(3, dtype=DOUBLE)) for _ in range(2))
+
+    def step(x, weight, gamma, beta, mean, var):
+        return conv_transpose2d_bn_act(x, weight, gamma, beta, mean, var, impl="triton")
+
+    y = step(x, weight, gamma, beta, *eager)
+    torch.testing.assert_close(as_one_graph(step)(x, weight, gamma, beta, *traced), y)
+    for a, b in zip(traced, eager, strict=True):
+        torch.testing.assert_close(a, b)
+    assert eager[0].abs().min() > 0
+
+
+def test_errors_name_the_argument():
+    x, w, v = torch.randn(2, 3, 4, 4), torch.randn(3, 5, 4, 4), torch.ones(5)
+    with pytest.raises(ValueError, match=r"weight must be \[Cin, Cout, kh, kw\] with Cin 3"):
+        conv_transpose2d_bn_act(x, torch.randn(4, 5, 4, 4), v, v, v, v)
+    with pytest.raises(ValueError, match=r"gamma must have shape \[5\]"):
+        conv_transpose2d_bn_act(x, w, torch.ones(4), v, v, v)
+    with pytest.raises(ValueError, match="more than one value a channel"):
+        conv2d_bn_act(x[:1], torch.randn(5, 3, 4, 4), v, v, v, v, padding=0)
+    with pytest.raises(ValueError, match="output_padding belongs to a transposed"):
+        conv2d_bn_act(x, torch.randn(5, 3, 4, 4), v, v, v, v, output_padding=1)
+    with pytest.raises(ValueError, match=r"bias must have shape \[5\]"):
+        conv2d_resample(x, torch.randn(5, 3, 3, 3), bias=torch.ones(3))
+    with pytest.raises(ValueError, match="act must be one of"):
+        modulated_conv2d(x, torch.randn(5, 3, 3, 3), torch.ones(2, 3), act="gelu")
