@@ -110,10 +110,11 @@ class Engine:
             return
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # the mean over all batches
         generator = torch.Generator().manual_seed(_seed(self.config.seed, "settle"))
         self.ema.train()
-        for _ in range(SETTLING_BATCHES):
+        for i in range(SETTLING_BATCHES):
+            for norm in norms:
+                norm.momentum = 1 / (i + 1)  # the mean over all batches
             self.ema(torch.randn(SETTLING_BATCH, self.config.z_dim, generator=generator).to(self.device))
         self.ema.eval()
 

@@ -123,7 +123,7 @@ def library_resample(
 def combined_filter(
     w: Tensor, f: Tensor | None, up: int, flip_weight: bool, flip_filter: bool, dtype: torch.dtype
 ) -> Tensor:
-    """The full convolution of w [Cout, Cin, kh, kw] and up^2 f, both as correlations read them: taps + k - 1 wide."""
+    """The full convolution of w [Cout, Cin, kh, kw] and up^2 f as a correlation's taps: taps + k - 1 wide."""
     fw, fh = filter_size(f)
     w = w.to(torch.promote_types(w.dtype, torch.float32))
     w = w if flip_weight else w.flip([2, 3])
@@ -154,7 +154,7 @@ def gemm_resample(
     gain: float,
     clamp: float | None,
 ) -> Tensor:
-    """act(s_out * conv2d_resample(s_in * x) + noise + bias), with `conv_gemm`; everything in its epilogue that can be."""
+    """act(s_out * conv2d_resample(s_in * x) + noise + bias) with `conv_gemm`, in its epilogue what can be."""
     kh, kw = w.shape[2:]
     x0, x1, y0, y1 = _fir_padding(f, up, down, padding)
     pad, stride = (x0, x1, y0, y1), 1
@@ -302,8 +302,8 @@ def conv2d_resample(
 
     `padding` (int, (x, y) or (x0, x1, y0, y1)) is that of the upsampled image; the FIR's comes on top.
     `flip_weight` True correlates as F.conv2d does, False convolves. Returns [N, Cout, H * up / down, ...] for
-    padding k // 2, in x's dtype (w is cast). `bias` [Cout] to `clamp`: a `bias_act` behind the convolution, fused
-    where it can be. Raises ValueError for wrong ranks, channels or factors.
+    padding k // 2, in x's dtype (w is cast). `bias` [Cout] to `clamp`: a `bias_act` behind the convolution,
+    fused where it can be. Raises ValueError for wrong ranks, channels or factors.
     """
     if x.ndim != 4:
         raise ValueError(f"x must be [N, C, H, W]: got shape {list(x.shape)}")

@@ -1,6 +1,7 @@
 """Convolution as an implicit matrix product, closed under differentiation.
 
-    y[n, o, i] = act(s_out[n, o] * sum_{c, u} w[o, c, u] * s_in[n, c] * z[n, c, i * down + u - pad] + noise[n, i] + bias[o])
+    y[n, o, i] = act(s_out[n, o] * v[n, o, i] + noise[n, i] + bias[o]),
+    v[n, o, i] = sum_{c, u} w[o, c, u] * s_in[n, c] * z[n, c, i * down + u - pad]
 
 z is x with up - 1 zeros after every sample. Only taps that meet a sample are visited: output pixels of one
 phase i mod up share the same few taps, so a transposed convolution is up^2 small dense ones whose results are
@@ -39,9 +40,8 @@ WEIGHT_CONFIGS = [
     {"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
 ]
 WEIGHT_PROGRAMS = 512  # enough to fill a GPU; the weight gradient splits its sum over pixels to get there
-MAX_REGISTERS = (
-    232  # from sm_100 on, the assembler spills a few registers for occupancy unless it is told a number
-)
+# From sm_100 on the assembler spills a few registers for occupancy unless it is told a number.
+MAX_REGISTERS = 232
 PIECEWISE_LINEAR = {"linear": 1.0, "relu": 0.0, "lrelu": 0.2}  # slope below zero; alpha replaces lrelu's
 
 
@@ -197,7 +197,7 @@ def _conv_kernel(
 def _stats_kernel(
     p_count, p_stats, p_mean, p_var, tiles, channels, total, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Merge the tiles' counts, sums and centred squares: var = (sum m2_t + sum n_t (mean_t - mean)^2) / total."""
+    """Merge the tiles: mean = sum s_t / total, var = (sum m2_t + sum n_t (s_t / n_t - mean)^2) / total."""
     o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
     sums = tl.zeros([BLOCK_T, BLOCK_C], p_stats.dtype.element_ty)
@@ -528,8 +528,8 @@ def conv_gemm(
 ) -> Tensor:
     """The operation at the top of this file, one kernel.
 
-    x [N, Cin, H, W], w [Cout, Cin, kh, kw] of x's dtype; s_in [N, Cin] and s_out [N, Cout] any floating dtype,
-    s_out nowhere zero when it is differentiated; noise [N or 1, 1, H', W'] or [H', W']; bias [Cout];
+    x [N, Cin, H, W], w [Cout, Cin, kh, kw] of x's dtype; s_in [N, Cin] and s_out [N, Cout] of any floating
+    dtype, s_out nowhere zero when it is differentiated; noise [N or 1, 1, H', W'] or [H', W']; bias [Cout];
     geometry (up, down, pad_y, pad_x, H', W') with up or down 1; `flip` reads the taps backwards (a true
     convolution). act linear, relu or lrelu, with gain > 0 and alpha >= 0. Returns [N, Cout, H', W'].
     """
@@ -545,7 +545,7 @@ def _(x, w, s_in, s_out, noise, bias, geometry, flip, act, alpha, gain, clamp):
 def conv_gemm_stats(
     x: Tensor, w: Tensor, bias: Tensor | None, geometry: Sequence[int], flip: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The plain convolution and, from its epilogue, mean and biased variance per channel, which carry no gradient."""
+    """Plain convolution and, from its epilogue, each channel's mean and biased variance, without gradient."""
     y, mean, var = launch_conv(
         x, w, None, None, None, bias, geometry, flip, "linear", 0.0, 1.0, None, stats=True
     )
@@ -571,7 +571,7 @@ def conv_gemm_weight(
     kh: int,
     kw: int,
 ) -> Tensor:
-    """dw [Cout, Cin, kh, kw] for x [N, Cin, H, W] and the cotangent g [N, Cout, H', W'] (top of this file)."""
+    """dw [Cout, Cin, kh, kw] of x [N, Cin, H, W] and the cotangent g [N, Cout, H', W'] (top of this file)."""
     return launch_weight(x, g, s_in, s_out, geometry, flip, kh, kw)
 
 
@@ -632,8 +632,8 @@ def conv_gemm_undo(
 ) -> Tensor:
     """z = s_out * conv(s_in * x, w), which no one kept, from `conv_gemm`'s output y.
 
-    Undefined where y is clamped or the slope is 0: the cotangent of z's partner is 0 there. Its derivatives are
-    those of the convolution.
+    Undefined where y is clamped or the slope is 0: the cotangent of z's partner is 0 there. Its derivatives
+    are those of the convolution.
     """
     z = (y * _by_sign(y, 1 / gain, 1 / (gain * (slope or 1.0)))).to(y.dtype)
     if noise is not None:

@@ -1,20 +1,22 @@
-"""Convolution or transposed convolution, batch normalisation and LeakyReLU: DCGAN's layer (Radford et al. 2016).
+"""Convolution or transposed convolution, batch normalisation, LeakyReLU: DCGAN's layer (Radford et al. 2016).
 
     c = conv(x, w) + bias,   h = (c - mean) * r,   r = (var + eps)^-1/2,   y = lrelu(gamma * h + beta, slope)
 
-The convolution's epilogue reduces its tile to mean and centred squares, so the statistics cost no pass over c; one
-more pass normalises and activates. A transposed convolution of stride 2 is four dense ones of a quarter of the
-taps, stored interleaved (`conv_gemm`). With fixed statistics y = lrelu(conv(x, gamma * r * w) + shift): one kernel.
+The convolution's epilogue reduces its tile to mean and centred squares, so the statistics cost no pass over
+c; one more pass normalises and activates. A transposed convolution of stride 2 is four dense ones of a
+quarter of the taps, stored interleaved (`conv_gemm`). With fixed statistics it is all one kernel,
+y = lrelu(conv(x, gamma * r * w) + shift).
 
 Backward, with u = g * lrelu'(y) and means over a channel's M pixels:
 
     d beta = sum u,   d gamma = sum u h,   d c = gamma * r * (u - mean(u) - h * mean(u h))
 
-is one reduction and one elementwise pass. It is differentiated once more in closed form: for the cotangents a, b, d of
-(d c, d gamma, d beta) and P u = u - mean(u) - h * mean(u h), which is symmetric,
+is one reduction and one elementwise pass. It is differentiated once more in closed form: for the cotangents
+a, b, d of (d c, d gamma, d beta) and P u = u - mean(u) - h * mean(u h), which is symmetric,
 
-    d u = gamma * r * P a + b * h + d,   d gamma' = r * sum a P u,   d c = r * P e - h * gamma * r^2 * mean(a P u)
-    with e = b * u - gamma * r * (u * mean(a h) + a * mean(u h)).
+    d u = gamma * r * P a + b * h + d,   d gamma' = r * sum a P u,
+    d c = r * P e - h * gamma * r^2 * mean(a P u)
+    with e = b * u - gamma * r * (u * mean(a h) + a * mean(u h))
 """
 
 from typing import Any
@@ -517,11 +519,11 @@ def conv_transpose2d_bn_act(
 ) -> Tensor:
     """y = lrelu(batch_norm(conv_transpose2d(x, weight) + bias), slope); slope 0 is ReLU, 1 no activation.
 
-    x [N, Cin, H, W]; weight [Cin, Cout, kh, kw]; the vectors [Cout]. In `training` the batch's statistics normalise
-    and the running ones are updated in place, running += momentum * (batch - running), with the unbiased
-    variance; otherwise the running ones normalise. Statistics are computed in fp32. Returns
-    [N, Cout, (H - 1) * stride - 2 * padding + kh + output_padding, ...] in x's dtype. Raises ValueError for shapes
-    that do not match and for a single value a channel in training.
+    x [N, Cin, H, W]; weight [Cin, Cout, kh, kw]; the vectors [Cout]. In `training` the batch's statistics
+    normalise and the running ones are updated in place, running += momentum * (batch - running), with the
+    unbiased variance; otherwise the running ones normalise. Statistics are computed in fp32. Returns
+    [N, Cout, (H - 1) * stride - 2 * padding + kh + output_padding, ...] in x's dtype. Raises ValueError for
+    shapes that do not match and for a single value a channel in training.
     """
     rest = (stride, padding, output_padding, training, momentum, eps, slope, True, impl)
     return _conv_bn_act(x, weight, gamma, beta, running_mean, running_var, bias, *rest)

@@ -46,8 +46,8 @@ class Build(NamedTuple):
 
     `signature` maps every runtime argument to its Triton type ("*bf16", "i32", ...); those in `unaligned` are
     not taken to be multiples of 16. `elements` is the number of results that one pass over the kernel's body
-    makes, `least` the bytes per result that any implementation has to move. `registers` caps those of a thread
-    from sm_100 on (0: no cap).
+    makes, `least` the bytes per result that any implementation has to move. `registers` caps those of a
+    thread from sm_100 on (0: no cap).
     """
 
     name: str

@@ -8,7 +8,11 @@ returns logits where that example applies a sigmoid.
 import itertools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastgan.kernels.bias_act import bias_act
+from fastgan.kernels.conv_transpose_bn_act import conv2d_bn_act, conv_transpose2d_bn_act
 
 
 def stages(resolution: int) -> tuple[int, int]:
@@ -110,20 +114,52 @@ class Discriminator(nn.Module):
 
 
 def _run(layers: nn.Sequential, x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Convolutions in `dtype`, BatchNorm with fp32 statistics, tanh and logits in x's dtype."""
+    """`layers` with every convolution, BatchNorm and activation in a row as one operation: convolutions in
+    `dtype`, BatchNorm with fp32 statistics, tanh and logits in x's dtype."""
     precise = x.dtype
-    last_conv = max(i for i, m in enumerate(layers) if isinstance(m, nn.Conv2d | nn.ConvTranspose2d))
     x = x.to(dtype or precise)
-    for i, layer in enumerate(layers):
-        if isinstance(layer, nn.ConvTranspose2d):
-            assert isinstance(layer.padding, tuple)  # never a word such as "same"
-            x = nn.functional.conv_transpose2d(
-                x, layer.weight.to(x.dtype), None, layer.stride, layer.padding, layer.output_padding
-            )
-        elif isinstance(layer, nn.Conv2d):
-            x = layer._conv_forward(x, layer.weight.to(x.dtype), None)
-        else:
+    left = list(layers)
+    while left:
+        layer = left.pop(0)
+        if isinstance(layer, nn.LeakyReLU):
+            x = bias_act(x, act="lrelu", alpha=layer.negative_slope, gain=1.0)
+        elif not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             x = layer(x)
-        if i == last_conv:
-            x = x.to(precise)
+        elif left and isinstance(norm := left[0], nn.BatchNorm2d):
+            x, left = _conv_bn_act(x, layer, norm, left[1]), left[2:]
+        else:
+            x = _conv(x, layer)
+            if not any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in left):
+                x = x.to(precise)
     return x
+
+
+def _conv(x: Tensor, conv: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
+    weight, stride, padding = conv.weight.to(x.dtype), conv.stride[0], int(conv.padding[0])
+    if isinstance(conv, nn.ConvTranspose2d):
+        return F.conv_transpose2d(x, weight, None, stride, padding, conv.output_padding[0])
+    return F.conv2d(x, weight, None, stride, padding)
+
+
+def _conv_bn_act(
+    x: Tensor, conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d, act: nn.Module
+) -> Tensor:
+    assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
+    assert norm.num_batches_tracked is not None
+    if norm.training:
+        norm.num_batches_tracked.add_(1)
+    return (conv_transpose2d_bn_act if isinstance(conv, nn.ConvTranspose2d) else conv2d_bn_act)(
+        x,
+        conv.weight,
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        stride=conv.stride[0],
+        padding=int(conv.padding[0]),
+        output_padding=conv.output_padding[0],
+        training=norm.training,
+        momentum=norm.momentum,
+        eps=norm.eps,
+        slope=act.negative_slope if isinstance(act, nn.LeakyReLU) else 0.0,
+    )

@@ -15,15 +15,11 @@ from fastgan.kernels.bias_act import bias_act
 from fastgan.kernels.conv2d_resample import conv2d_resample
 from fastgan.kernels.minibatch_stddev import minibatch_stddev
 from fastgan.kernels.modulated_conv2d import modulated_conv2d
+from fastgan.kernels.norm_act import pixel_norm
 from fastgan.kernels.upfirdn2d import downsample2d, setup_filter, upsample2d
 
 ARCHITECTURES = ("orig", "skip", "resnet")
 BLUR = (1, 3, 3, 1)
-
-
-def normalize_2nd_moment(x: Tensor, dim: int = 1) -> Tensor:
-    """x * rsqrt(mean(x^2, dim) + 1e-8): every latent on a sphere of radius sqrt(d)."""
-    return x * (x.square().mean(dim=dim, keepdim=True) + 1e-8).rsqrt()
 
 
 def channels_at(resolution: int, channel_base: int, channel_max: int) -> int:
@@ -84,10 +80,19 @@ class Conv2d(nn.Module):
         """`gain` multiplies the activation's own; sqrt(1/2) joins two residual branches at unit variance."""
         f = self.resample_filter if self.up > 1 or self.down > 1 else None
         w = self.weight * self.weight_gain
-        x = conv2d_resample(x, w, f, self.up, self.down, self.padding, flip_weight=self.up == 1)
-        act_gain = gain * (1.0 if self.activation == "linear" else math.sqrt(2))
-        clamp = None if self.conv_clamp is None else self.conv_clamp * gain
-        return bias_act(x, self.bias, act=self.activation, gain=act_gain, clamp=clamp)
+        return conv2d_resample(
+            x,
+            w,
+            f,
+            self.up,
+            self.down,
+            self.padding,
+            flip_weight=self.up == 1,
+            bias=self.bias,
+            act=self.activation,
+            gain=gain * (1.0 if self.activation == "linear" else math.sqrt(2)),
+            clamp=None if self.conv_clamp is None else self.conv_clamp * gain,
+        )
 
 
 class Mapping(nn.Module):
@@ -135,11 +140,11 @@ class Mapping(nn.Module):
         if self.z_dim > 0:
             if z is None:
                 raise ValueError(f"z must be given: [N, {self.z_dim}]")
-            parts.append(normalize_2nd_moment(z))
+            parts.append(pixel_norm(z))
         if self.c_dim > 0:
             if c is None:
                 raise ValueError(f"c must be given to a conditional network: labels [N, {self.c_dim}]")
-            parts.append(normalize_2nd_moment(self.embed(c)))
+            parts.append(pixel_norm(self.embed(c)))
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         for name in self.layers:
             x = getattr(self, name)(x)
