@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.kernels.dispatch import Build, Op, bucket, jit, tl, tuned
+from fastgan.kernels.dispatch import Build, Op, bucket, check_tensors, jit, tl, tuned
 from fastgan.kernels.memory import (
     FLAT_CONFIGS,
     dense,
@@ -551,8 +551,10 @@ def bias_act(
 
     x: any shape and floating dtype; b [x.shape[dim]], cast to x's dtype. `alpha` (slope of lrelu) and `gain`
     default to the activation's own (`ACTIVATIONS`); `clamp` None means off. Returns x's shape and dtype.
-    Raises ValueError for an unknown activation, a bias of the wrong shape or a negative clamp.
+    Raises ValueError for an unknown activation, a bias of the wrong shape or a negative clamp; TypeError for
+    tensors that are not floating.
     """
+    check_tensors(x, b=b)
     if act not in ACTIVATIONS:
         raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}: got {act!r}")
     if not -x.ndim <= dim < x.ndim:

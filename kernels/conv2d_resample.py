@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastgan.kernels.bias_act import ACTIVATIONS, bias_act, bias_act_ref
 from fastgan.kernels.conv_gemm import PIECEWISE_LINEAR, conv_builds, conv_gemm, convolve, weight_builds
-from fastgan.kernels.dispatch import Op, bucket
+from fastgan.kernels.dispatch import Op, bucket, check_tensors
 from fastgan.kernels.memory import is_channels_last
 from fastgan.kernels.upfirdn2d import Pair, filter_size, parse_padding, upfirdn2d, upfirdn2d_ref
 
@@ -77,6 +77,22 @@ def _fir_padding(
         x0, x1 = x0 + (fw - down + 1) // 2, x1 + (fw - down) // 2
         y0, y1 = y0 + (fh - down + 1) // 2, y1 + (fh - down) // 2
     return x0, x1, y0, y1
+
+
+def output_size(
+    x: Tensor, w: Tensor, f: Tensor | None, up: int, down: int, padding: tuple[int, int, int, int]
+) -> tuple[int, int]:
+    """(H', W') of the resampled convolution. ValueError when nothing is left."""
+    fw, fh = filter_size(f)
+    x0, x1, y0, y1 = _fir_padding(f, up, down, padding)
+    firs = (up > 1) + (down > 1)
+    height = (x.shape[2] * up + y0 + y1 - firs * (fh - 1) - w.shape[2]) // down + 1
+    width = (x.shape[3] * up + x0 + x1 - firs * (fw - 1) - w.shape[3]) // down + 1
+    if height < 1 or width < 1:
+        raise ValueError(
+            f"padding {list(padding)} leaves x {list(x.shape)} smaller than a kernel of {list(w.shape[2:])}"
+        )
+    return height, width
 
 
 def library_resample(
@@ -305,6 +321,7 @@ def conv2d_resample(
     padding k // 2, in x's dtype (w is cast). `bias` [Cout] to `clamp`: a `bias_act` behind the convolution,
     fused where it can be. Raises ValueError for wrong ranks, channels or factors.
     """
+    check_tensors(x, w=w, f=f, bias=bias)
     if x.ndim != 4:
         raise ValueError(f"x must be [N, C, H, W]: got shape {list(x.shape)}")
     if w.ndim != 4 or w.shape[1] * groups != x.shape[1] or w.shape[0] % groups:
@@ -312,10 +329,13 @@ def conv2d_resample(
             f"w must be [Cout, {x.shape[1]} / groups, kh, kw] with groups {groups} dividing Cout: "
             f"got {list(w.shape)}"
         )
+    if f is not None and f.ndim not in (1, 2):
+        raise ValueError(f"f must have one or two dimensions: got shape {list(f.shape)}")
     if up < 1 or down < 1:
         raise ValueError(f"up and down must be at least 1: got {up} and {down}")
     activation = check_activation(w.shape[0], bias, act, alpha, gain, clamp)
     pads = parse_padding(padding)
+    output_size(x, w, f, up, down, pads)
 
     def key():
         flips = flip_weight, flip_filter

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan.kernels.conv_gemm import conv_builds, conv_gemm, conv_gemm_stats
-from fastgan.kernels.dispatch import Build, Op, bucket, jit, tl
+from fastgan.kernels.dispatch import Build, Op, bucket, check_tensors, jit, tl
 from fastgan.kernels.memory import (
     dense,
     flat_channels,
@@ -437,6 +437,14 @@ def _conv_bn_act(
     transposed: bool,
     impl: str | None,
 ) -> Tensor:
+    vectors = {
+        "gamma": gamma,
+        "beta": beta,
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "bias": bias,
+    }
+    check_tensors(x, weight=weight, **vectors)
     if x.ndim != 4:
         raise ValueError(f"x must be [N, C, H, W]: got shape {list(x.shape)}")
     channel, layout = (0, "[Cin, Cout, kh, kw]") if transposed else (1, "[Cout, Cin, kh, kw]")
@@ -445,13 +453,6 @@ def _conv_bn_act(
             f"weight must be {layout} with Cin {x.shape[1]} to match x: got {list(weight.shape)}"
         )
     c_out = weight.shape[1 - channel]
-    vectors = {
-        "gamma": gamma,
-        "beta": beta,
-        "running_mean": running_mean,
-        "running_var": running_var,
-        "bias": bias,
-    }
     for name, v in vectors.items():
         if v is not None and v.shape != (c_out,):
             raise ValueError(f"{name} must have shape [{c_out}] to match weight: got {list(v.shape)}")

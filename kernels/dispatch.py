@@ -38,7 +38,7 @@ else:
         tl, jit = SimpleNamespace(constexpr=object), lambda fn: fn
 
 C = TypeVar("C")
-__all__ = ["Build", "Op", "bucket", "interpreting", "jit", "tl", "tuned"]
+__all__ = ["Build", "Op", "bucket", "check_tensors", "interpreting", "jit", "tl", "tuned"]
 
 
 class Build(NamedTuple):
@@ -65,6 +65,17 @@ class Build(NamedTuple):
 def interpreting() -> bool:
     """True when Triton kernels run on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def check_tensors(x: Tensor, **others: Tensor | None) -> None:
+    """Every operation's first check: floating tensors on x's device. TypeError, ValueError otherwise."""
+    for name, t in {"x": x, **others}.items():
+        if t is None:
+            continue
+        if not t.is_floating_point():
+            raise TypeError(f"{name} must be a floating tensor: got {t.dtype}; convert it with .float()")
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}: got {t.device}")
 
 
 def bucket(n: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.kernels.dispatch import Build, Op, bucket, jit, tl
+from fastgan.kernels.dispatch import Build, Op, bucket, check_tensors, jit, tl
 from fastgan.kernels.memory import dense, is_channels_last, like, load
 
 BLOCK = 1024
@@ -310,6 +310,7 @@ def minibatch_stddev(
     `group_size` None, or larger than the batch, means the whole batch.
     Raises ValueError when the groups do not divide the batch or `num_channels` does not divide the channels.
     """
+    check_tensors(x)
     if x.ndim != 4:
         raise ValueError(f"x must be [N, C, H, W]: got shape {list(x.shape)}")
     n, c = x.shape[:2]

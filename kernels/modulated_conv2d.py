@@ -22,10 +22,11 @@ from fastgan.kernels.conv2d_resample import (
     gemm_fits,
     gemm_resample,
     library_resample,
+    output_size,
     shape_class,
 )
 from fastgan.kernels.conv_gemm import conv_builds, weight_builds
-from fastgan.kernels.dispatch import Op
+from fastgan.kernels.dispatch import Op, check_tensors
 from fastgan.kernels.upfirdn2d import Pair, parse_padding, upfirdn2d
 
 
@@ -90,8 +91,7 @@ def _sample(dtype: torch.dtype, device: torch.device, key: Any, small: bool) -> 
     styles = (1 + torch.randn(n, c_in, device=device) / 4).to(dtype).requires_grad_()
     noise = None
     if noisy:
-        with torch.no_grad():
-            size = _scale_conv_scale(x, weight, styles, None, up, down, padding, f, False, fir_ref).shape[2:]
+        size = output_size(x, weight, f, up, down, padding)
         noise = torch.randn(n, 1, *size, device=device).to(dtype).requires_grad_()
     bias = torch.randn(weight.shape[0], device=device).to(dtype).requires_grad_() if has_bias else None
     return x, weight, styles, noise, up, down, padding, f, demodulate, bias, *activation
@@ -137,14 +137,27 @@ def modulated_conv2d(
     Returns [N, Cout, H', W'] in x's dtype; demodulation is computed in fp32.
     Raises ValueError for wrong ranks or channel counts that do not match.
     """
+    check_tensors(x, weight=weight, styles=styles, noise=noise, resample_filter=resample_filter, bias=bias)
     if x.ndim != 4:
         raise ValueError(f"x must be [N, C, H, W]: got shape {list(x.shape)}")
     if weight.ndim != 4 or weight.shape[1] != x.shape[1]:
         raise ValueError(f"weight must be [Cout, {x.shape[1]}, kh, kw] to match x: got {list(weight.shape)}")
     if styles.shape != (x.shape[0], x.shape[1]):
         raise ValueError(f"styles must be [{x.shape[0]}, {x.shape[1]}] to match x: got {list(styles.shape)}")
+    if up < 1 or down < 1:
+        raise ValueError(f"up and down must be at least 1: got {up} and {down}")
+    if resample_filter is not None and resample_filter.ndim not in (1, 2):
+        raise ValueError(f"resample_filter must have 1 or 2 dimensions: got {list(resample_filter.shape)}")
     activation = check_activation(weight.shape[0], bias, act, alpha, gain, clamp)
     pads = parse_padding(padding)
+    size = output_size(x, weight, resample_filter, up, down, pads)
+    if noise is not None:
+        allowed = [{1, x.shape[0]}, {1, weight.shape[0]}, {1, size[0]}, {1, size[1]}][4 - noise.ndim :]
+        if noise.ndim > 4 or any(n not in a for n, a in zip(noise.shape, allowed, strict=True)):
+            raise ValueError(
+                f"noise must be [{x.shape[0]}, 1, {size[0]}, {size[1]}] or [{size[0]}, {size[1]}]: "
+                f"got {list(noise.shape)}"
+            )
 
     def key():
         given = demodulate, noise is not None, bias is not None

@@ -33,7 +33,7 @@ from fastgan.kernels.bias_act import (
     activation,
     activation_slope,
 )
-from fastgan.kernels.dispatch import Build, Op, bucket, jit, tl, tuned
+from fastgan.kernels.dispatch import Build, Op, bucket, check_tensors, jit, tl, tuned
 from fastgan.kernels.memory import (
     FLAT_CONFIGS,
     dense,
@@ -630,6 +630,7 @@ def _run(
     upsample: int,
     impl: str | None,
 ) -> Tensor:
+    check_tensors(x, scale=scale, shift=shift, running_mean=running_mean, running_var=running_var)
     if x.ndim != 4:
         raise ValueError(f"x must be [N, C, H, W]: got shape {list(x.shape)}")
     if act not in ACTIVATIONS:
@@ -910,6 +911,7 @@ def pixel_norm(x: Tensor, eps: float = 1e-8, *, impl: str | None = None) -> Tens
 
     Raises ValueError when x has no channel dimension.
     """
+    check_tensors(x)
     if x.ndim < 2:
         raise ValueError(f"x must be [N, C, ...]: got shape {list(x.shape)}")
     if x.shape[1] > PIXEL_NORM_CHANNELS:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.kernels.dispatch import Build, Op, bucket, jit, tl, tuned
+from fastgan.kernels.dispatch import Build, Op, bucket, check_tensors, jit, tl, tuned
 from fastgan.kernels.memory import dense, is_channels_last, load
 
 Pair = int | Sequence[int]
@@ -412,6 +412,7 @@ def upfirdn2d(
     Returns [N, C, (H * up_y + y0 + y1 - fh) // down_y + 1, ...] in x's dtype.
     Raises ValueError for a wrong rank or an image smaller than its filter.
     """
+    check_tensors(x, f=f)
     if x.ndim != 4:
         raise ValueError(f"x must be [N, C, H, W]: got shape {list(x.shape)}")
     if f is not None and f.ndim not in (1, 2):

@@ -1,5 +1,4 @@
-"""The elementwise kernels themselves, in Triton's interpreter: run by test_triton_elementwise.py in a
-process of its own, with TRITON_INTERPRET=1 set before anything imports a kernel."""
+"""The elementwise kernels themselves, in Triton's interpreter (test_interpreted.py starts it)."""
 
 import os
 
@@ -11,7 +10,8 @@ from hypothesis import strategies as st
 from kernel_cases import LAYOUTS, cases, image, vector
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgan.kernels.bias_act import ACTIVATIONS, BIAS_ACT, bias_act
+from fastgan.kernels import bias_act as bias_act_kernels
+from fastgan.kernels.bias_act import ACTIVATIONS, BIAS_ACT, _launch, bias_act
 from fastgan.kernels.dispatch import disagreement
 from fastgan.kernels.minibatch_stddev import minibatch_stddev
 from fastgan.kernels.norm_act import (
@@ -21,7 +21,7 @@ from fastgan.kernels.norm_act import (
     instance_norm_act,
     pixel_norm,
 )
-from fastgan.kernels.upfirdn2d import UPFIRDN2D, downsample2d, filter2d, upfirdn2d, upsample2d
+from fastgan.kernels.upfirdn2d import UPFIRDN2D, downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
 IMPLS = pytest.mark.parametrize("impl", ["triton", "reference"])
 
@@ -83,6 +83,16 @@ def test_golden_minibatch_stddev(case: Case, impl: str):
 def test_golden_pixel_norm(case: Case, impl: str):
     inputs = leaves(case)
     case.check_derivatives(pixel_norm(inputs["x"], impl=impl), inputs)
+
+
+@golden("progan_layers", "upscale2d")
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_golden_nearest_upsampling(case: Case, impl: str, forced):
+    forced(impl)
+    inputs = leaves(case)
+    up = case.args["factor"]
+    y = upsample2d(inputs["x"], setup_filter(torch.ones(up)), up=up)
+    case.check_derivatives(y, inputs)
 
 
 @golden("bn_lrelu_fused", "instance_norm_relu")
@@ -251,7 +261,7 @@ def discriminator(x, params):
 
 def r1_gradients(x, *params):
     (g,) = torch.autograd.grad(discriminator(x, params).sum(), x, create_graph=True)
-    return torch.autograd.grad(g.square().sum(), params)
+    return torch.autograd.grad(g.square().sum(), params, allow_unused=True, materialize_grads=True)
 
 
 def test_r1_compiled_whole_equals_eager_and_the_reference(forced, monkeypatch):
@@ -265,6 +275,45 @@ def test_r1_compiled_whole_equals_eager_and_the_reference(forced, monkeypatch):
     for e, c, r in zip(eager, compiled, reference, strict=True):
         torch.testing.assert_close(c, e, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(e, r, rtol=1e-7, atol=1e-10)
+
+
+class RawLaunches(torch.autograd.Function):
+    """bias_act as an autograd.Function whose backward launches a kernel itself: right to first order."""
+
+    @staticmethod
+    def forward(ctx, x, b, *args):  # type: ignore[override]
+        y = x.new_empty(x.shape)
+        _launch("bias_act", bias_act_kernels._forward_kernel, (x, b, y), *args)
+        ctx.save_for_backward(x, b)
+        ctx.args = args
+        return y
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[override]
+        x, b = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        _launch("bias_act_backward", bias_act_kernels._backward_kernel, (g.contiguous(), x, b, dx), *ctx.args)
+        return dx, dx.sum([0, 2, 3]), *(None,) * 5
+
+
+def test_a_raw_launch_in_a_backward_is_noticed(monkeypatch):
+    """The check above would not pass were an op swapped for RawLaunches."""
+    x = image(4, 2, 4, 4, "nchw", torch.float64)
+    params = [vector(*s, dtype=torch.float64, seed=i) for i, s in enumerate([(3, 2, 3, 3), (3,), (3,), (3,)])]
+    right = r1_gradients(x, *params)
+    raw = lambda x, b, *args: RawLaunches.apply(x.contiguous(), b, *args)  # noqa: E731
+    monkeypatch.setitem(BIAS_ACT.candidates, "triton", raw)
+    first = torch.autograd.grad(discriminator(x, params).sum(), params[0])
+    monkeypatch.undo()
+    torch.testing.assert_close(
+        first, torch.autograd.grad(discriminator(x, params).sum(), params[0]), rtol=1e-9, atol=1e-12
+    )
+    monkeypatch.setitem(BIAS_ACT.candidates, "triton", raw)
+    wrong = r1_gradients(x, *params)
+    assert not all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(right, wrong, strict=True))
+    assert disagreement(
+        raw, BIAS_ACT.candidates["reference"], (x, vector(2, dtype=torch.float64), 1, "tanh", 0.0, 1.0, None)
+    )
 
 
 def test_backward_launches_no_raw_kernel():
