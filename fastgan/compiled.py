@@ -4,6 +4,7 @@ A phase is traced whole: the inner gradients of R1 and path length are `torch.au
 traced function (`trace_autograd_ops`), so one graph holds forward, backward and double backward.
 """
 
+import copy
 import subprocess
 import time
 from collections.abc import Callable
@@ -41,7 +42,7 @@ class Phase:
         compile: bool = False,
         every: int = 1,
     ):
-        self.name, self.function = name, function
+        self.name, self.function, self.device = name, function, device
         self.compiled = compile_phase(function, device) if compile else None
         self.eager_steps = EAGER_RUNS_OF_A_RARE_PHASE * every if every > 1 else 0
         self.seconds: float | None = None
@@ -53,6 +54,8 @@ class Phase:
             return self.function(*args)
         if self.seconds is not None:
             return self.compiled(*args)
+        if self.device.type == "cuda":
+            self._choose_kernels(args)
         self.announce(f"compiling {self.name}")
         start = time.perf_counter()
         if self.helper:
@@ -61,3 +64,9 @@ class Phase:
         self.seconds = time.perf_counter() - start
         self.announce(f"compiled {self.name} in {self.seconds:.0f} s")
         return result
+
+    def _choose_kernels(self, args: tuple[Any, ...]) -> None:
+        """One eager run on copies: dispatch verifies and times kernels, which it cannot while a graph is
+        traced."""
+        with torch.random.fork_rng([self.device] if torch.cuda.is_available() else []):
+            self.function(*copy.deepcopy(args))

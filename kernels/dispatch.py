@@ -6,8 +6,8 @@ environment variable FASTGAN_KERNELS.
 
 On a GPU the first use of (operation, dtype, shape class) compares every candidate with the reference on small
 random inputs, to second order, and times those that agree; the fastest is remembered on disk. The verdict is
-a constant to torch.compile: deciding runs while Dynamo traces, never inside the traced program. Run a step
-eagerly before compiling it: while tracing, nothing is timed.
+a constant to torch.compile: deciding runs while Dynamo traces, never inside the traced program. While tracing
+nothing is timed, so a phase runs once eagerly before it is compiled (compiled.py).
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """The convolution kernels themselves, in Triton's interpreter (test_interpreted.py starts it)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
@@ -391,13 +391,13 @@ def test_batch_norm_for_drawn_arguments(
     agree(partial(run, impl="triton"), partial(run, impl="reference"), inputs, tol=1e-6)
 
 
-def penalty_of(layers: Callable[..., Tensor], wrt: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+def penalty_of(layers: Callable[..., Tensor], wrt: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Gradients, for every parameter, of the squared norm of d <layers, fixed noise> / d wrt."""
     y = layers(wrt, *parameters)
     noise = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
     (g,) = torch.autograd.grad((y * noise).sum(), wrt, create_graph=True)
-    options = {"allow_unused": True, "materialize_grads": True}  # the last bias never reaches g
-    return list(torch.autograd.grad(g.square().sum(), parameters, **options))
+    # The last bias never reaches g.
+    return list(torch.autograd.grad(g.square().sum(), parameters, allow_unused=True, materialize_grads=True))
 
 
 def as_one_graph(step: Callable) -> Callable:

@@ -1,5 +1,4 @@
-"""Break the kernels on purpose and see the suite catch every one: python tests/mutants.py [NAME
-...]
+"""Break the kernels on purpose and see the suite catch every one: python tests/mutants.py [NAME ...]
 
 A mutant is a substitution in the text of one kernel file, tried on a copy of the repository. Exit status 1
 when one survives.
@@ -10,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ class Mutant(NamedTuple):
     old: str
     new: str
     tests: str  # pytest -k
-    suite: str = "interpreted_elementwise"
+    suite: str = "elementwise"
 
 
 MUTANTS = {
@@ -91,64 +91,108 @@ MUTANTS = {
         "minibatch_stddev", "return dx, sums.sum(2) * group", "return dx, sums.sum(2)", "golden_minibatch"
     ),
     "convolution: taps not flipped": Mutant(
-        "conv_gemm", "KH - 1 - u_y, KW - 1 - u_x", "u_y, u_x", "primitive_agrees", "test_triton_conv"
+        "conv_gemm", "KH - 1 - u_y, KW - 1 - u_x", "u_y, u_x", "primitive_agrees", "conv"
     ),
     "convolution: phase off by one": Mutant(
-        "conv_gemm", "(pad - phase) % UP", "(pad - phase + 1) % UP", "primitive_agrees", "test_triton_conv"
+        "conv_gemm", "(pad - phase) % UP", "(pad - phase + 1) % UP", "primitive_agrees", "conv"
     ),
     "convolution: missing mask": Mutant(
-        "conv_gemm", "& (i_x >= 0) & (i_x < in_w)", "& (i_x < in_w)", "primitive_agrees", "test_triton_conv"
+        "conv_gemm", "& (i_x >= 0) & (i_x < in_w)", "& (i_x < in_w)", "primitive_agrees", "conv"
     ),
     "convolution: grid rounded down": Mutant(
         "conv_gemm",
         "n * _cdiv(pixels, b_m) if per_image",
         "n * (pixels // b_m) if per_image",
         "every_forward",
-        "test_triton_conv",
+        "conv",
     ),
     "convolution: wrong slope": Mutant(
         "conv_gemm",
         "acc, acc * ALPHA) * GAIN",
         "acc, acc * 0.9 * ALPHA) * GAIN",
         "epilogue",
-        "test_triton_conv",
+        "conv",
     ),
     "weight gradient of one split": Mutant(
-        "conv_gemm", "partial.sum(0)", "(partial[0] * 2)", "every_weight", "test_triton_conv"
+        "conv_gemm", "partial.sum(0)", "(partial[0] * 2)", "every_weight", "conv"
     ),
     "convolution: raw launch in backward": Mutant(
         "conv_gemm",
         "    x, g, s_in, s_out = ctx.saved_tensors",
         "    x, g, s_in, s_out = ctx.saved_tensors\n    v = v.detach()",
         "primitive_agrees",
-        "test_triton_conv",
+        "conv",
     ),
     "batch norm's second order": Mutant(
         "conv_transpose_bn_act",
         " - h * scale * wide(r) * mean_of(a_pu)",
         "",
         "golden_batch_norm",
-        "test_triton_conv",
+        "conv",
     ),
     "batch norm: variance not merged": Mutant(
-        "conv_gemm", "+ count * delta * delta", "", "every_forward", "test_triton_conv"
+        "conv_gemm", "+ count * delta * delta", "", "every_forward", "conv"
+    ),
+    "norm: grid rounded down": Mutant(
+        "norm_act", "kernel[(-(-n // block),)](", "kernel[(n // block,)](", "agree_to_second"
+    ),
+    "norm: missing mask": Mutant(
+        "norm_act",
+        "tl.where(m, load(p_x + o, m) - k[None, :], 0.0)",
+        "load(p_x + o, m) - k[None, :]",
+        "golden_adain",
+    ),
+    "norm: raw launch in backward": Mutant(
+        "norm_act",
+        "_norm_act_backward.register_autograd(_double_backward, setup_context=_setup_backward)",
+        "_norm_act_backward.register_autograd(lambda ctx, *g: (None,) * 11, setup_context=_setup_backward)",
+        "raw_kernel",
+    ),
+    "minibatch: missing mask": Mutant(
+        "minibatch_stddev", "    m = o < n_sample\n", "    m = o < n_sample - 1\n", "golden_minibatch"
+    ),
+    "resampling: transposed filter": Mutant(
+        "conv2d_resample",
+        "flip_filter=not flip_filter, gain",
+        "flip_filter=flip_filter, gain",
+        "golden_conv2d_resample or golden_modulated",
+        "conv",
+    ),
+    "modulation: styles only on the way out": Mutant(
+        "modulated_conv2d", "around = (styles, d,", "around = (None, d,", "golden_modulated", "conv"
+    ),
+    "batch norm: wrong slope": Mutant(
+        "conv_transpose_bn_act",
+        "tl.where(u > 0, u, u * SLOPE), mask=m)",
+        "tl.where(u > 0, u, u * SLOPE * 0.9), mask=m)",
+        "golden_batch_norm",
+        "conv",
+    ),
+    "batch norm: raw launch in backward": Mutant(
+        "conv_transpose_bn_act",
+        "bn_lrelu_backward.register_autograd(_double_backward, setup_context=_save_backward)",
+        "bn_lrelu_backward.register_autograd(lambda ctx, *g: (None,) * 7, setup_context=_save_backward)",
+        "golden_batch_norm",
+        "conv",
     ),
 }
 
 
-def survives(mutant: Mutant) -> bool:
+def survives(name: str) -> bool:
     """True when the tests still pass on the mutant."""
+    mutant = MUTANTS[name]
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("fastgan", "kernels", "tests"):
-            shutil.copytree(ROOT / name, Path(folder) / name, symlinks=True)
+        for part in ("fastgan", "kernels", "tests"):
+            shutil.copytree(ROOT / part, Path(folder) / part, symlinks=True)
+        shutil.copy(ROOT / "pyproject.toml", folder)
         file = Path(folder) / "kernels" / f"{mutant.file}.py"
         text = file.read_text()
         if mutant.old not in text:
             raise ValueError(f"{mutant.file}.py no longer holds {mutant.old!r}: update tests/mutants.py")
         file.write_text(text.replace(mutant.old, mutant.new))
-        command = [sys.executable, "-m", "pytest", "-qx", "--tb=no", "-p", "no:cacheprovider"]
-        command += [f"tests/{mutant.suite}.py", "-k", mutant.tests]
-        env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": folder}
+        command = [sys.executable, "-m", "pytest", "-qx", "--tb=line", "-p", "no:cacheprovider"]
+        command += [f"tests/interpreted_{mutant.suite}.py", "-k", mutant.tests]
+        env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": folder}
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
         if done.returncode not in (0, 1):
             raise RuntimeError(f"pytest could not run: {done.stdout[-1000:]}{done.stderr[-1000:]}")
@@ -156,12 +200,13 @@ def survives(mutant: Mutant) -> bool:
 
 
 def main() -> int:
+    names = sys.argv[1:] or list(MUTANTS)
     survivors = []
-    for name in sys.argv[1:] or MUTANTS:
-        alive = survives(MUTANTS[name])
-        print(f"{'SURVIVED' if alive else 'caught':9} {name}", flush=True)
-        survivors += [name] if alive else []
-    print(f"{len(survivors)} survived" if survivors else "all caught")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, alive in zip(names, pool.map(survives, names), strict=True):
+            print(f"{'SURVIVED' if alive else 'caught':9} {name}", flush=True)
+            survivors += [name] if alive else []
+    print(f"{len(survivors)} survived" if survivors else f"all {len(names)} caught")
     return 1 if survivors else 0
 
 

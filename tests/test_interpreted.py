@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
 
 
@@ -20,3 +22,11 @@ def test_the_kernels_in_the_interpreter():
     done = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert len(files) == 2 and " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-300:]
+
+
+@pytest.mark.exhaustive
+def test_every_mutant_is_caught():
+    done = subprocess.run([sys.executable, HERE / "mutants.py"], capture_output=True, text=True, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "SURVIVED" not in done.stdout and done.stdout.count("caught") > 30

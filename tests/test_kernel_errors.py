@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.exc import Unsupported
 
 from fastgan.kernels.bias_act import bias_act
 from fastgan.kernels.conv2d_resample import conv2d_resample
@@ -123,6 +124,6 @@ def test_the_same_error_under_compile(case: str):
     with pytest.raises(kind, match=message):
         torch.compile(call, backend="eager")()
     torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported) as caught:  # one graph has no way to raise
+    with pytest.raises(Unsupported) as caught:  # one graph has no way to raise
         torch.compile(call, backend="eager", fullgraph=True)()
     assert message.split()[0] in str(caught.value.__cause__)

@@ -10,7 +10,7 @@ from golden_cases import Case, golden
 from test_models import load, without_prefix
 from torch import Tensor, nn
 
-from fastgan.compiled import compile_phase
+from fastgan.compiled import Phase, compile_phase
 from fastgan.engine import place
 from fastgan.losses import LOSSES, gradient_penalty, gradient_square, path_length
 from fastgan.models import Discriminator, Generator, dcgan, stylegan
@@ -354,3 +354,21 @@ class Gain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.gain * x
+
+
+def test_kernels_are_chosen_by_an_eager_run_on_copies():
+    """A graph being traced can time nothing: on a GPU a phase runs beforehand and leaves nothing behind."""
+    seen = []
+
+    def function(net, x):
+        seen.append(net)
+        return net(x) + torch.rand(1)
+
+    net, x = nn.BatchNorm1d(2), torch.randn(4, 2)
+    phase = Phase("D", function, torch.device("cuda"), compile=True)
+    phase.compiled = lambda net, x: x
+    random_state = torch.get_rng_state()
+    for step in range(2):
+        phase(step, net, x)
+    assert len(seen) == 1 and seen[0] is not net
+    assert net.num_batches_tracked == 0 and torch.get_rng_state().equal(random_state)

@@ -1,0 +1,116 @@
+"""The operations that real networks call, with the shapes they call them with, found by running the networks
+on the meta device."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from fastgan.config import build_networks, make_config
+from fastgan.kernels.dispatch import Op
+from fastgan.kernels.norm_act import adain, batch_norm_act, conditional_batch_norm_act, instance_norm_act
+
+NETWORKS = {
+    "smoke": ("stylegan", {"resolution": 8, "batch": 4, "channel_base": 128, "channel_max": 16}),
+    "smoke-dcgan": ("dcgan", {"resolution": 8, "batch": 4, "ngf": 8, "ndf": 8}),
+    "stylegan64": (
+        "stylegan",
+        {"resolution": 64, "batch": 8, "channel_base": 16384, "channel_max": 512, "mapping_layers": 8},
+    ),
+    "stylegan256": (
+        "stylegan",
+        {"resolution": 256, "batch": 4, "channel_base": 16384, "channel_max": 512, "mapping_layers": 8},
+    ),
+    "stylegan1024": (
+        "stylegan",
+        {"resolution": 1024, "batch": 1, "mbstd_group": 1, "channel_base": 32768, "mapping_layers": 8},
+    ),
+    "dcgan64": ("dcgan", {"resolution": 64, "batch": 64, "ngf": 64, "ndf": 64}),
+    "normalised": ("", {}),  # norm_act as BigGAN, CycleGAN and StyleGAN1 will call it
+}
+
+
+class Call(NamedTuple):
+    """One call of `op`; tensors among `args` are on the meta device."""
+
+    op: Op
+    args: tuple
+
+    @property
+    def name(self) -> str:
+        shapes = ["x".join(map(str, a.shape)) for a in self.args[:2] if isinstance(a, Tensor) and a.ndim > 1]
+        rates = [f"up{self.args[4]}down{self.args[5]}"] if self.op.name == "modulated_conv2d" else []
+        rates += [f"up{self.args[3]}down{self.args[4]}"] if self.op.name == "conv2d_resample" else []
+        rates += [f"{a}" for a in self.args if self.op.name == "norm_act" and isinstance(a, str)]
+        return "-".join([self.op.name, *shapes, *rates])
+
+    def tensors(self, device: torch.device, dtype: torch.dtype | None = None) -> tuple:
+        """The arguments with random values, floating ones of four dimensions in `dtype`; positive vectors."""
+        made = [_random(a, device, dtype) if isinstance(a, Tensor) else a for a in self.args]
+        if isinstance(made[1], Tensor) and made[1].ndim == 4:  # a weight
+            made[1] = (made[1].detach() / made[1][0].numel() ** 0.5).requires_grad_()
+        return tuple(made)
+
+
+def _random(like: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    if like.ndim == 1:
+        t = torch.rand(like.shape, device=device) + 0.5
+    else:
+        t = torch.randn(like.shape, device=device)
+    if like.ndim == 2 and not like.requires_grad:  # a filter
+        t = t.abs() / t.abs().sum()
+    if like.ndim == 4:
+        t = t.to(dtype or like.dtype)
+        last = like.is_contiguous(memory_format=torch.channels_last)
+        t = t.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return t.detach().requires_grad_(like.requires_grad)
+
+
+def _run(network: str) -> None:
+    arch, options = NETWORKS[network]
+    if network == "normalised":
+        _normalise()
+        return
+    config = make_config(arch, **options)
+    G, D = build_networks(config)
+    for p in [*G.parameters(), *D.parameters()]:
+        if p.ndim == 4:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+    images, _ = G.sample(torch.empty(config.batch, G.normals), torch.empty(config.batch, G.uniforms))
+    D(images)
+
+
+def _normalise() -> None:
+    def image(n: int, c: int, side: int) -> Tensor:
+        x = torch.empty(n, c, side, side).contiguous(memory_format=torch.channels_last)
+        return x.requires_grad_()
+
+    def vector(*shape: int) -> Tensor:
+        return torch.empty(shape).requires_grad_()
+
+    running = torch.empty(256), torch.empty(256)
+    x = image(32, 256, 32)
+    conditional_batch_norm_act(x, vector(32, 256), vector(32, 256), *running, act="relu", upsample=2)
+    batch_norm_act(x, vector(256), vector(256), *running, act="relu")
+    instance_norm_act(image(1, 256, 64), act="relu")
+    adain(image(8, 512, 32), vector(8, 512), vector(8, 512))
+
+
+def calls(network: str) -> Iterator[Call]:
+    """The different calls of a training step's forward passes through `network`."""
+    found: list[Call] = []
+    run = Op.__call__
+
+    def record(self, x, *rest, key=tuple, impl=None):
+        found.append(Call(self, (x, *rest)))
+        return run(self, x, *rest, key=key, impl=impl)
+
+    with torch.device("meta"), mock.patch.object(Op, "__call__", record):
+        _run(network)
+    seen = set()
+    for call in found:
+        if call.name not in seen:
+            seen.add(call.name)
+            yield call

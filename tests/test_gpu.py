@@ -1,0 +1,79 @@
+"""The kernels on a GPU, at the shapes of the real networks. `pytest -m gpu`, or under a checker of memory:
+
+compute-sanitizer --tool memcheck python -m pytest -m gpu tests/test_gpu.py -k "dcgan64 or stylegan64"
+"""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+from bench.operations import NETWORKS, calls
+from fastgan.config import make_config
+from fastgan.engine import Engine
+from fastgan.kernels import dispatch
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("network", [n for n in NETWORKS if not n.startswith("smoke")])
+def test_every_shape_within_twice_the_references_error(network: str, dtype: torch.dtype, monkeypatch):
+    """Values, gradients and, where their float64 reference fits, gradients of gradients."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.manual_seed(0)
+    found = {}
+    for call in calls(network):
+        args = call.tensors(CUDA, dtype)
+        order = 2 if call.args[0].numel() < 2**22 else 1
+        for name, candidate in call.op.candidates.items():
+            if name != "reference":
+                problem = dispatch.disagreement(candidate, call.op.candidates["reference"], args, order)
+                found |= {(call.name, name): problem} if problem else {}
+    assert not found
+
+
+@pytest.mark.parametrize("arch", ["stylegan", "dcgan"])
+def test_dispatch_verifies_and_remembers(arch: str, tmp_path, monkeypatch):
+    """No kernel of a default training step is turned off, and the verdicts outlive the process."""
+    monkeypatch.setenv("FASTGAN_CACHE", str(tmp_path))
+    monkeypatch.setattr(dispatch, "_remembered", {})
+    config = make_config(arch, batch=8, precision="bf16", device="cuda")
+    real = torch.randint(0, 256, (8, 3, config.resolution, config.resolution), dtype=torch.uint8, device=CUDA)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Engine(config, CUDA).step(real)
+    (file,) = tmp_path.iterdir()
+    assert torch.cuda.get_device_name().split()[0] in file.name and "choice" in file.read_text()
+
+
+@pytest.mark.parametrize("arch", ["stylegan", "dcgan"])
+def test_a_compiled_step_equals_an_eager_one(arch: str):
+    """Penalties included: the first step has R1 and path length."""
+    config = make_config(arch, batch=8, precision="fp32", device="cuda")
+    real = torch.randint(0, 256, (8, 3, config.resolution, config.resolution), dtype=torch.uint8, device=CUDA)
+    eager = Engine(config, CUDA)
+    compiled = copy.deepcopy(eager)
+    for phase in (compiled.d, compiled.d_r1, compiled.g, compiled.g_path):
+        phase.compiled = torch.compile(phase.function, fullgraph=True, dynamic=False)
+        phase.eager_steps = 0
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        for engine in (eager, compiled):
+            engine.step(real)
+    for a, b in zip(eager.G.parameters(), compiled.G.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_deterministic_on_request():
+    """The same bits twice: no kernel adds in floating point with atomics."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        for call in calls("stylegan64"):
+            args = call.tensors(CUDA, torch.bfloat16)
+            run = call.op.candidates[call.op.preferred]
+            first, second = (dispatch._derivatives(run, args, 1) for _ in range(2))
+            assert all(a.equal(b) for a, b in zip(first, second, strict=True)), call.name
+    finally:
+        torch.use_deterministic_algorithms(False)
