@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan.kernels.bias_act import ACTIVATIONS, bias_act, bias_act_ref
-from fastgan.kernels.conv_gemm import PIECEWISE_LINEAR, conv_builds, conv_gemm, convolve, weight_builds
+from fastgan.kernels.conv_gemm import SLOPE_BELOW_ZERO, conv_builds, conv_gemm, convolve, weight_builds
 from fastgan.kernels.dispatch import Op, bucket, check_tensors
 from fastgan.kernels.memory import is_channels_last
 from fastgan.kernels.upfirdn2d import Pair, filter_size, parse_padding, upfirdn2d, upfirdn2d_ref
@@ -194,7 +194,7 @@ def gemm_resample(
     geometry = (rate, stride, pad[2], pad[0], out_h, out_w)
     w = w.to(x.dtype)
     in_epilogue = last_fir is None and (noise is None or noise.ndim < 3 or noise.shape[-3] == 1)
-    if in_epilogue and act in PIECEWISE_LINEAR and gain > 0 and alpha >= 0:
+    if in_epilogue and act in SLOPE_BELOW_ZERO and gain > 0 and alpha >= 0:
         return conv_gemm(x, w, s_in, s_out, noise, bias, geometry, not flip_weight, act, alpha, gain, clamp)
     x = convolve(x, w, s_in, s_out, geometry, not flip_weight)
     if last_fir is not None:

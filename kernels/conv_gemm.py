@@ -42,7 +42,7 @@ WEIGHT_CONFIGS = [
 WEIGHT_PROGRAMS = 512  # enough to fill a GPU; the weight gradient splits its sum over pixels to get there
 # From sm_100 on the assembler spills a few registers for occupancy unless it is told a number.
 MAX_REGISTERS = 232
-PIECEWISE_LINEAR = {"linear": 1.0, "relu": 0.0, "lrelu": 0.2}  # slope below zero; alpha replaces lrelu's
+SLOPE_BELOW_ZERO = {"linear": 1.0, "relu": 0.0, "lrelu": 0.2}  # alpha replaces lrelu's
 
 
 @jit
@@ -415,7 +415,7 @@ def launch_conv(
             UP=up,
             DOWN=down,
             FLIP=flip,
-            ALPHA=alpha if act == "lrelu" else PIECEWISE_LINEAR[act],
+            ALPHA=alpha if act == "lrelu" else SLOPE_BELOW_ZERO[act],
             GAIN=gain,
             CLAMP=clamp,
             PER_IMAGE=per_image,
@@ -616,6 +616,12 @@ def _by_sign(y: Tensor, positive: float, other: float) -> Tensor:
     return torch.where(y > 0, y.new_full((), positive, dtype=wide), y.new_full((), other, dtype=wide))
 
 
+def slope_at(y: Tensor, positive: float, other: float, clamp: float | None) -> Tensor:
+    """d y / d u of a clamped, piecewise linear activation from its output y."""
+    slope = _by_sign(y, positive, other)
+    return slope if clamp is None else slope * (y.abs() < y.new_full((), clamp))
+
+
 @torch.library.custom_op("fastgan::conv_gemm_undo", mutates_args=())
 def conv_gemm_undo(
     y: Tensor,
@@ -666,7 +672,7 @@ conv_gemm_undo.register_autograd(_backward_undo, setup_context=_save_undo)
 
 def _save(ctx, inputs, output):
     x, w, s_in, s_out, noise, bias, ctx.geometry, ctx.flip, act, alpha, ctx.gain, ctx.clamp = inputs
-    ctx.slope = PIECEWISE_LINEAR[act] if act != "lrelu" else alpha
+    ctx.slope = SLOPE_BELOW_ZERO[act] if act != "lrelu" else alpha
     plain = act == "linear" and ctx.gain == 1 and ctx.clamp is None
     needs_y = not plain or (s_out is not None and ctx.needs_input_grad[3])
     ctx.plain = plain
@@ -677,10 +683,7 @@ def _backward(ctx, g):
     x, w, s_in, s_out, noise, bias, y = ctx.saved_tensors
     needs = ctx.needs_input_grad
     if not ctx.plain:
-        slope = _by_sign(y, ctx.gain, ctx.gain * ctx.slope)
-        if ctx.clamp is not None:
-            slope = slope * (y.abs() < y.new_full((), ctx.clamp))
-        g = (g * slope).to(g.dtype)
+        g = (g * slope_at(y, ctx.gain, ctx.gain * ctx.slope, ctx.clamp)).to(g.dtype)
     gx, gw, gs_in = _gradients(x, w, s_in, s_out, g, ctx.geometry, ctx.flip, needs[0], needs[1], needs[2])
     gs_out = gnoise = gbias = None
     if s_out is not None and needs[3]:

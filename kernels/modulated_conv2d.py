@@ -5,7 +5,8 @@
 
 Scaling the input and the output instead of the weights gives one dense convolution for the whole batch in
 place of one group a sample; d needs only w summed over its taps, a small matrix product, and is kept in fp32.
-The kernel scales the operands of that convolution as it loads them and does the rest on its way out.
+The kernel scales the operands of that convolution as it loads them and does the rest on its way out. Behind
+the library's convolution one elementwise pass does that rest, y = act(d * c + noise + b) * gain.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.kernels.bias_act import bias_act, bias_act_ref
+from fastgan.kernels.bias_act import activation, bias_act, bias_act_ref
 from fastgan.kernels.conv2d_resample import (
     check_activation,
     class_tensors,
@@ -25,8 +26,17 @@ from fastgan.kernels.conv2d_resample import (
     output_size,
     shape_class,
 )
-from fastgan.kernels.conv_gemm import conv_builds, weight_builds
-from fastgan.kernels.dispatch import Op, check_tensors
+from fastgan.kernels.conv_gemm import SLOPE_BELOW_ZERO, conv_builds, slope_at, weight_builds
+from fastgan.kernels.dispatch import Build, Op, bucket, check_tensors, jit, tl, tuned
+from fastgan.kernels.memory import (
+    FLAT_CONFIGS,
+    dense,
+    flat_channels,
+    flat_offsets,
+    group_of,
+    is_channels_last,
+    load,
+)
 from fastgan.kernels.upfirdn2d import Pair, parse_padding, upfirdn2d
 
 
@@ -65,10 +75,139 @@ def modulated_conv2d_ref(
     return bias_act_ref(x, bias, 1, act, alpha, gain, clamp)
 
 
+@jit
+def _epilogue_kernel(
+    p_x,
+    p_d,
+    p_noise,
+    p_b,
+    p_y,
+    n,
+    n_channels,
+    pixels,
+    noise_n,
+    ALPHA: tl.constexpr,
+    GAIN: tl.constexpr,
+    CLAMP: tl.constexpr,
+    ACT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    base = tl.program_id(0).to(tl.int64) * BLOCK
+    i_group, o = flat_offsets(BLOCK, GROUP)
+    m, m_group = o < n - base, (i_group < n - base)[:, None]  # groups are in or out as a whole
+    u = load(p_x + base + o, m)
+    i_c = flat_channels(base, i_group, n_channels, pixels, GROUP, CHANNELS_LAST)
+    i_n = ((base + i_group) // (n_channels * pixels))[:, None]
+    if p_d is not None:
+        u *= load(p_d + i_n * n_channels + i_c, m_group).to(u.dtype)
+    if p_noise is not None:
+        if CHANNELS_LAST:
+            i_p = ((base + i_group) // n_channels % pixels)[:, None]
+        else:
+            i_p = ((base + i_group) % pixels)[:, None] + tl.arange(0, GROUP)[None, :]
+        u += load(p_noise + i_n * noise_n + i_p, m_group).to(u.dtype)
+    if p_b is not None:
+        u += tl.load(p_b + i_c).to(u.dtype)
+    y = activation(u, ALPHA, ACT) * GAIN
+    if CLAMP is not None:
+        limit = tl.zeros_like(y) + CLAMP
+        y = tl.minimum(tl.maximum(y, -limit), limit)
+    tl.store(p_y + base + o, y, mask=m)
+
+
+@torch.library.custom_op("fastgan::modulated_epilogue", mutates_args=())
+def _epilogue(
+    x: Tensor,
+    d: Tensor | None,
+    noise: Tensor | None,
+    b: Tensor | None,
+    act: str,
+    alpha: float,
+    gain: float,
+    clamp: float | None,
+) -> Tensor:
+    """act(d[n, c] * x[n, c, i] + noise[n, i] + b[c]) in one pass; act linear, relu or lrelu, gain > 0."""
+    x = dense(x)
+    y = torch.empty_like(x)
+    n, (channels, pixels) = x.numel(), (x.shape[1], x.shape[2] * x.shape[3])
+    if n == 0:
+        return y
+    if noise is not None:
+        noise = noise.expand(*noise.shape[:-2], *x.shape[2:]).reshape(-1, pixels).contiguous()
+    last = is_channels_last(x)
+
+    def launch(config: tuple[int, int]) -> None:
+        block, warps = config
+        _epilogue_kernel[(-(-n // block),)](
+            x,
+            None if d is None else d.contiguous(),
+            noise,
+            b,
+            y,
+            n,
+            channels,
+            pixels,
+            pixels if noise is not None and len(noise) > 1 else 0,
+            ALPHA=alpha,
+            GAIN=gain,
+            CLAMP=clamp,
+            ACT=act,
+            CHANNELS_LAST=last,
+            GROUP=group_of(channels if last else pixels),
+            BLOCK=block,
+            num_warps=warps,
+        )
+
+    with torch.cuda.device_of(x):
+        key = (x.dtype, act, bucket(n), last, d is None, noise is None)
+        launch(tuned("modulated_epilogue", key, FLAT_CONFIGS, launch, x.device))
+    return y
+
+
+@_epilogue.register_fake
+def _(x, d, noise, b, act, alpha, gain, clamp):
+    return torch.empty_like(dense(x))
+
+
+def _save(ctx, inputs, output):
+    x, d, noise, b, act, alpha, gain, ctx.clamp = inputs
+    ctx.slopes = gain, gain * (alpha if act == "lrelu" else SLOPE_BELOW_ZERO[act])
+    ctx.like = noise, b
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, d, output)
+
+
+def _backward(ctx, g):
+    """Plain operations on the gradient of the activation, so that they are differentiated as they stand."""
+    x, d, y = ctx.saved_tensors
+    noise, b = ctx.like
+    g = g * slope_at(y, *ctx.slopes, ctx.clamp).to(g.dtype)
+    gx = g if d is None else g * d.to(g.dtype)[:, :, None, None]
+    gd = None if x is None else (g * x).sum([2, 3], dtype=torch.promote_types(g.dtype, d.dtype)).to(d.dtype)
+    gnoise = gb = None
+    if noise is not None and ctx.needs_input_grad[2]:
+        gnoise = g.sum(1, keepdim=True).sum_to_size(noise.shape).to(noise.dtype)
+    if b is not None and ctx.needs_input_grad[3]:
+        gb = g.sum([0, 2, 3]).to(b.dtype)
+    return gx, gd, gnoise, gb, None, None, None, None
+
+
+_epilogue.register_autograd(_backward, setup_context=_save)
+
+
 def _library(
     x, weight, styles, noise, up, down, padding, f, demodulate, bias, act, alpha, gain, clamp
 ) -> Tensor:
-    x = _scale_conv_scale(x, weight, styles, noise, up, down, padding, f, demodulate, upfirdn2d)
+    """The library's convolution; x * styles before it and all the rest behind it are a pass each."""
+    x = x * styles.to(x.dtype)[:, :, None, None]
+    x = library_resample(x, weight, f, up, down, padding, 1, up == 1, False, upfirdn2d)
+    d = demodulation(weight, styles) if demodulate else None
+    plain_noise = noise is None or noise.ndim < 3 or noise.shape[-3] == 1
+    if plain_noise and act in SLOPE_BELOW_ZERO and gain > 0 and alpha >= 0:
+        return _epilogue(x, d, noise, bias, act, alpha, gain, clamp)
+    x = x if d is None else x * d.to(x.dtype)[:, :, None, None]
+    x = x if noise is None else x + noise.to(x.dtype)
     return bias_act(x, bias, act=act, alpha=alpha, gain=gain, clamp=clamp)
 
 
@@ -100,6 +239,23 @@ def _sample(dtype: torch.dtype, device: torch.device, key: Any, small: bool) -> 
 MODULATED_CONV2D = Op(
     "modulated_conv2d", {"triton": _triton, "library": _library, "reference": modulated_conv2d_ref}, _sample
 )
+
+
+def _epilogue_builds() -> list[Build]:
+    sizes = dict.fromkeys(("n", "n_channels", "pixels", "noise_n"), "i32")
+    tensors = {"p_x": "*bf16", "p_d": "*fp32", "p_noise": "*fp32", "p_b": "*fp32", "p_y": "*bf16"}
+    meta = {"ALPHA": 0.2, "GAIN": 2**0.5, "CLAMP": 256.0, "ACT": "lrelu", "GROUP": 8}
+    builds = []
+    for last in (False, True):
+        for block, warps in FLAT_CONFIGS:
+            name = f"modulated_conv2d epilogue bf16 {'nhwc' if last else 'nchw'} {block}"
+            constants = meta | {"CHANNELS_LAST": last, "BLOCK": block}
+            builds.append(
+                Build(name, _epilogue_kernel, tensors | sizes, constants, warps, 2, block, 4, ("n",))
+            )
+    return builds
+
+
 _NO_STATS = ("p_count", "p_stats")
 OFFLINE = [
     *conv_builds("modulated_conv2d", "bf16", _NO_STATS, True),
@@ -107,6 +263,7 @@ OFFLINE = [
     *conv_builds("modulated_conv2d", "fp32", _NO_STATS, True),
     *weight_builds("modulated_conv2d weight gradient", "bf16"),
     *weight_builds("modulated_conv2d weight gradient", "fp32"),
+    *_epilogue_builds(),
 ]
 
 

@@ -89,8 +89,9 @@ class Case:
                 self.check(name, second, floor=floor)
 
 
-def golden(family: str, *ops: str):
-    """Parametrize a test over the cases of a family, or those of its `ops`."""
+def golden(family: str, *ops: str, **args: object):
+    """Parametrize a test over the cases of a family, or those of its `ops` that were made with `args`."""
     cases = [Case(family, c) for c in _index()[family]["cases"] if not ops or c["op"] in ops]
+    cases = [c for c in cases if args.items() <= c.args.items()]
     assert cases, f"no golden cases of {family} {ops}"
     return pytest.mark.parametrize("case", cases, ids=[c.spec["name"] for c in cases])

@@ -161,6 +161,15 @@ MUTANTS = {
     "modulation: styles only on the way out": Mutant(
         "modulated_conv2d", "around = (styles, d,", "around = (None, d,", "golden_modulated", "conv"
     ),
+    "epilogue: noise of the first sample": Mutant(
+        "modulated_conv2d", "p_noise + i_n * noise_n + i_p", "p_noise + i_p", "library_epilogue", "conv"
+    ),
+    "epilogue: scale taken as constant": Mutant(
+        "modulated_conv2d", "gd = None if x is None", "gd = None if True", "library_epilogue", "conv"
+    ),
+    "epilogue: clamp lets gradients through": Mutant(
+        "conv_gemm", "slope if clamp is None else", "slope if True else", "library_epilogue", "conv"
+    ),
     "batch norm: wrong slope": Mutant(
         "conv_transpose_bn_act",
         "tl.where(u > 0, u, u * SLOPE), mask=m)",
