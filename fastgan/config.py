@@ -72,8 +72,8 @@ class Config:
     ndf: int = _option(64, "channels of the discriminator's first layer", _DCGAN)
     kernel: int = _option(4, "kernel size", _DCGAN, choices=(4, 5))
     slope: float = _option(0.2, "slope of the discriminator's LeakyReLU", _DCGAN)
-    joint_batch: bool = _option(True, "real and fake images share the discriminator's BatchNorm", _DCGAN)
     dropout: float = _option(0.0, "dropout in the discriminator", _DCGAN)
+    instance_noise: float = _option(0.0, "deviation of noise on the images that D sees", _DCGAN)
 
     tick_kimg: float = _option(4.0, "a log line and sample grid every so many thousand images", mutable=True)
     checkpoint_kimg: float = _option(16.0, "a checkpoint every so many thousand images", mutable=True)
@@ -90,7 +90,7 @@ class Config:
         for name in ("kimg", "g_lr", "d_lr", "ema_kimg", "tick_kimg", "checkpoint_kimg"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{flag(name)} must be above 0: got {getattr(self, name)}")
-        for name in ("r1", "pl", "ema_rampup"):
+        for name in ("r1", "pl", "ema_rampup", "instance_noise"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{flag(name)} must be at least 0: got {getattr(self, name)}")
         for name in ("beta1", "beta2", "pl_decay", "style_mixing", "dropout"):
@@ -145,6 +145,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "beta2": 0.999,
         "r1": 0.3,
         "r1_every": 4,
+        "instance_noise": 0.3,
         "ema_kimg": 5.0,
         "tick_kimg": 10.0,
         "checkpoint_kimg": 50.0,
@@ -222,7 +223,7 @@ def build_networks(config: Config) -> tuple[Generator, Discriminator]:
         )
     else:
         D = dcgan.Discriminator(
-            c.ndf, c.channels, c.resolution, c.kernel, c.slope, c.dropout, c.joint_batch, dtype
+            c.ndf, c.channels, c.resolution, c.kernel, c.slope, c.dropout, c.instance_noise, dtype
         )
     return G, D
 

@@ -62,10 +62,10 @@ class Engine:
             count = c.batch // c.pl_batch_shrink
             noise = torch.randn(count, *real.shape[1:], device=self.device)
             result, self.pl_mean = self.g_path(
-                step, G, D, real, *latents, *self.latents(count), noise, self.pl_mean
+                step, G, D, *latents, *self.latents(count), noise, self.pl_mean
             )
         else:
-            result = self.g(step, G, D, real, *latents)
+            result = self.g(step, G, D, *latents)
         self._update(G, self.g_optimizer, result)
 
         self.images += c.batch

@@ -29,9 +29,7 @@ def main() -> None:
     config = Config(**json.loads(sys.argv[1]))
     engine = Engine(config, torch.device(config.device))
     assert engine.g.compiled is not None
-    shape = (config.batch, config.resolution, config.resolution, config.channels)
-    real = torch.zeros(shape, dtype=torch.uint8, device=engine.device).permute(0, 3, 1, 2)  # as the feed's
-    engine.g.compiled(engine.G, engine.D, real, *engine.latents(config.batch))
+    engine.g.compiled(engine.G, engine.D, *engine.latents(config.batch))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 D, D with R1, G and G with path length are four phases. Each is traced whole by `torch.compile` (see
 compiled.py), the inner gradients of its penalty included, and depends on nothing but its arguments: random
-numbers come in as tensors, running means go out as tensors, and the only state a phase moves is the
-networks' own buffers (running means of w, BatchNorm statistics).
+numbers come in as tensors (but for dropout and instance noise, which draw their own), running means go out as
+tensors, and the only state a phase moves is the networks' own buffers (running means of w, BatchNorm
+statistics).
 """
 
 from typing import NamedTuple
@@ -38,12 +39,12 @@ def d_phase(
 
     real uint8 (or floating in -1..1) [N, C, R, R]; normal [N, G.normals], uniform [N, G.uniforms].
     """
-    real = _as_images(real)
+    real = real if real.is_floating_point() else to_unit_range(real)
     with torch.no_grad():
         fake, _ = G.sample(normal, uniform)
     if r1_weight > 0:
         real = real.detach().requires_grad_()
-    real_logits, fake_logits = _logits(D, real, fake)
+    real_logits, fake_logits = D(real), D(fake)
     loss_real, loss_fake = LOSSES[loss].d(real_logits, fake_logits)
     losses = {
         "loss_d": loss_real + loss_fake,
@@ -58,26 +59,17 @@ def d_phase(
 
 
 def g_phase(
-    G: Generator,
-    D: Discriminator,
-    real: Tensor,
-    normal: Tensor,
-    uniform: Tensor,
-    loss: str = "non-saturating",
+    G: Generator, D: Discriminator, normal: Tensor, uniform: Tensor, loss: str = "non-saturating"
 ) -> PhaseResult:
-    """Gradients for G of its adversarial loss: normal [N, G.normals], uniform [N, G.uniforms].
-
-    real as in `d_phase`; only a D with `joint_batch` looks at it.
-    """
+    """Gradients for G of its adversarial loss: normal [N, G.normals], uniform [N, G.uniforms]."""
     fake, _ = G.sample(normal, uniform)
-    losses = {"loss_g": LOSSES[loss].g(_fake_logits(D, real, fake))}
+    losses = {"loss_g": LOSSES[loss].g(D(fake))}
     return _result(losses, losses["loss_g"], G)
 
 
 def g_path_phase(
     G: Generator,
     D: Discriminator,
-    real: Tensor,
     normal: Tensor,
     uniform: Tensor,
     pl_normal: Tensor,
@@ -93,28 +85,12 @@ def g_path_phase(
     pl_normal [M, G.normals], pl_uniform [M, G.uniforms], pl_noise ~ N(0, 1) [M, C, R, R], pl_mean a scalar.
     """
     fake, _ = G.sample(normal, uniform)
-    losses = {"loss_g": LOSSES[loss].g(_fake_logits(D, real, fake))}
+    losses = {"loss_g": LOSSES[loss].g(D(fake))}
     pl_normal = pl_normal.detach().requires_grad_()  # where a family's ws are its z
     images, ws = G.sample(pl_normal, pl_uniform)
     penalty, pl_mean, _ = path_length(images, ws, pl_noise, pl_mean, pl_decay)
     losses["path_length"] = penalty
     return _result(losses, losses["loss_g"] + pl_weight * penalty, G), pl_mean
-
-
-def _as_images(real: Tensor) -> Tensor:
-    return real if real.is_floating_point() else to_unit_range(real)
-
-
-def _logits(D: Discriminator, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-    """D's logits of both; `joint_batch`: normalised by statistics of the two together."""
-    if not D.joint_batch:
-        return D(real), D(fake)
-    real_logits, fake_logits = D(torch.cat([real, fake])).split([len(real), len(fake)])
-    return real_logits, fake_logits
-
-
-def _fake_logits(D: Discriminator, real: Tensor, fake: Tensor) -> Tensor:
-    return _logits(D, _as_images(real), fake)[1] if D.joint_batch else D(fake)
 
 
 def _result(losses: dict[str, Tensor], total: Tensor, net: nn.Module) -> PhaseResult:

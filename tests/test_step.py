@@ -159,19 +159,9 @@ def test_stylegan_phases(case: Case):
         both = d_phase(G, D, real, z, none, r1_weight=a["r1_gamma"] / 2).grads
     else:
         net, prefix, count = G, "G", len(z) // a["pl_batch_shrink"]
-        main = g_phase(G, D, real, z, none).grads
+        main = g_phase(G, D, z, none).grads
         result, pl_mean = g_path_phase(
-            *(
-                G,
-                D,
-                real,
-                z,
-                none,
-                z[:count],
-                none[:count],
-                case.tensor("in.pl_noise"),
-                case.tensor("in.pl_mean"),
-            ),
+            *(G, D, z, none, z[:count], none[:count], case.tensor("in.pl_noise"), case.tensor("in.pl_mean")),
             pl_weight=a["pl_weight"],
             pl_decay=a["pl_decay"],
         )
@@ -191,7 +181,7 @@ def test_running_mean_of_w(case: Case):
     load(D, case, "in.D.")
     z, none = case.tensor("in.z"), torch.empty(4, 0)
     if a["phase"] == "Gmain":
-        g_phase(G, D, case.tensor("in.real"), z, none)
+        g_phase(G, D, z, none)
     elif a["phase"] == "Dmain":
         d_phase(G, D, case.tensor("in.real"), z, none)
     else:
@@ -239,15 +229,13 @@ def phases(arch: str):
         return call(d_phase)(G, D, reals(4, dtype, seed), *draws(G, 4, dtype, seed), r1_weight=5.0)
 
     def g(call, G, D, dtype, seed):
-        return call(g_phase)(G, D, reals(4, dtype, seed), *draws(G, 4, dtype, seed))
+        return call(g_phase)(G, D, *draws(G, 4, dtype, seed))
 
     def g_path(call, G, D, dtype, seed):
         noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         mean = torch.tensor(0.1, dtype=dtype)
         latents = (*draws(G, 4, dtype, seed), *draws(G, 2, dtype, seed + 50))
-        return call(g_path_phase)(
-            G, D, reals(4, dtype, seed), *latents, noise.to(dtype), mean, pl_weight=8.0
-        )[0]
+        return call(g_path_phase)(G, D, *latents, noise.to(dtype), mean, pl_weight=8.0)[0]
 
     return {"D": d, "D with R1": d_r1, "G": g, "G with path length": g_path}
 
@@ -332,19 +320,26 @@ def test_bf16_gradients_point_the_same_way(arch: str):
         assert F.cosine_similarity(a, b, dim=0) > 0.98, phase
 
 
-@pytest.mark.parametrize("joint", [True, False])
-def test_contrast_is_seen_only_in_a_joint_batch(joint: bool):
+@pytest.mark.parametrize("noise", [0.3, 0.0])
+def test_contrast_is_seen_only_against_noise(noise: float):
     """DCGAN's discriminator is blind to a factor on all images of its batch (eps aside)."""
-    torch.manual_seed(0)
-    G, D = dcgan.Generator(6, 4, 3, 16).double(), dcgan.Discriminator(4, 3, 16, joint_batch=joint).double()
+    G, D = dcgan.Generator(6, 4, 3, 16).double(), dcgan.Discriminator(4, 3, 16, instance_noise=noise).double()
     for p in D.parameters():
         p.data.mul_(20 if p.ndim == 4 else 1)
     real, (normal, uniform) = torch.rand(4, 3, 16, 16).double() * 2 - 1, draws(G, 4, torch.float64)
     scores = []
     for gain in (1.0, 1.5):
         G.main[-1] = nn.Sequential(nn.Identity(), Gain(gain))
+        torch.manual_seed(0)
         scores.append(d_phase(G, D, real, normal, uniform).losses["fake_score"])
-    assert torch.isclose(scores[0], scores[1], rtol=1e-3) != joint
+    assert torch.isclose(scores[0], scores[1], rtol=1e-3) == (noise == 0)
+
+
+def test_instance_noise_is_drawn_in_training_alone():
+    D, x = dcgan.Discriminator(4, 3, 16, instance_noise=0.3), torch.randn(4, 3, 16, 16)
+    assert not D(x).equal(D(x))
+    D.eval()
+    assert D(x).equal(D(x))
 
 
 class Gain(nn.Module):

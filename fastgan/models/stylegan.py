@@ -481,8 +481,6 @@ class DiscriminatorEpilogue(nn.Module):
 class Discriminator(nn.Module):
     """Images [N, img_channels, R, R] (and labels c [N, c_dim]) -> logits [N, 1]."""
 
-    joint_batch = False
-
     def __init__(
         self,
         c_dim: int,
