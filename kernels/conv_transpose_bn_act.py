@@ -314,72 +314,115 @@ def _fold(gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor, bias: Tensor |
     return scale, beta + (-mean if bias is None else bias - mean) * scale
 
 
-def conv_bn_act_ref(
-    x, weight, bias, gamma, beta, mean, var, stride, padding, output_padding, training, eps, slope, transposed
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y and the statistics used: the batch's in training, else those given."""
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    output_padding: int,
+    transposed: bool,
+) -> Tensor:
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if transposed:
-        c = F.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
-    else:
-        c = F.conv2d(x, weight, bias, stride, padding)
-    wide = c.to(torch.promote_types(x.dtype, torch.float32))
-    if training:
-        var, mean = torch.var_mean(wide, dim=[0, 2, 3], correction=0)
-    scale, shift = _fold(gamma, beta, mean, var, None, eps)
-    y = F.leaky_relu(wide * scale[:, None, None] + shift[:, None, None], slope)
-    return y.to(x.dtype), mean.detach(), var.detach()
+        return F.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
+    return F.conv2d(x, weight, bias, stride, padding)
+
+
+@torch.no_grad()
+def _move(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float):
+    """running += momentum * (batch - running), the variance unbiased, in place."""
+    if count:
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_(var.to(running_var.dtype) * (count / (count - 1)), momentum)
+
+
+def conv_bn_act_ref(
+    x,
+    weight,
+    bias,
+    gamma,
+    beta,
+    running_mean,
+    running_var,
+    stride,
+    padding,
+    output_padding,
+    training,
+    momentum,
+    eps,
+    slope,
+    transposed,
+) -> Tensor:
+    c = _convolution(x, weight, bias, stride, padding, output_padding, transposed)
+    if c.numel():
+        c = F.batch_norm(c, running_mean, running_var, gamma, beta, training, momentum, eps)
+    return F.leaky_relu(c, slope)
 
 
 def _library(
-    x, weight, bias, gamma, beta, mean, var, stride, padding, output_padding, training, eps, slope, transposed
-) -> tuple[Tensor, Tensor, Tensor]:
+    x,
+    weight,
+    bias,
+    gamma,
+    beta,
+    running_mean,
+    running_var,
+    stride,
+    padding,
+    output_padding,
+    training,
+    momentum,
+    eps,
+    slope,
+    transposed,
+) -> Tensor:
     """The library's convolution and statistics, the fused normalisation behind it."""
     if not training:
-        scale, shift = _fold(gamma, beta, mean, var, bias, eps)
-        weight, bias = weight * (scale[:, None, None] if transposed else scale[:, None, None, None]), shift
-    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if transposed:
-        c = F.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
-    else:
-        c = F.conv2d(x, weight, bias, stride, padding)
-    if not training:
-        return F.leaky_relu(c, slope), mean, var
+        scale, shift = _fold(gamma, beta, running_mean, running_var, bias, eps)
+        weight = weight * (scale[:, None, None] if transposed else scale[:, None, None, None])
+        c = _convolution(x, weight, shift, stride, padding, output_padding, transposed)
+        return F.leaky_relu(c, slope)
+    c = _convolution(x, weight, bias, stride, padding, output_padding, transposed)
     with torch.no_grad():
         var, mean = torch.var_mean(c.to(torch.promote_types(x.dtype, torch.float32)), [0, 2, 3], correction=0)
-    return bn_lrelu(c, gamma, beta, mean, (var + eps).rsqrt(), slope), mean, var
+    _move(running_mean, running_var, mean, var, c[:, 0].numel(), momentum)
+    return bn_lrelu(c, gamma, beta, mean, (var + eps).rsqrt(), slope)
 
 
 def _triton(
-    x, weight, bias, gamma, beta, mean, var, stride, padding, output_padding, training, eps, slope, transposed
-) -> tuple[Tensor, Tensor, Tensor]:
-    if x.is_cuda and x.dtype == torch.float64:
+    x,
+    weight,
+    bias,
+    gamma,
+    beta,
+    running_mean,
+    running_var,
+    stride,
+    padding,
+    output_padding,
+    training,
+    momentum,
+    eps,
+    slope,
+    transposed,
+) -> Tensor:
+    if x.is_cuda and x.dtype == torch.float64:  # no matrix instructions that tl.dot could use
         return conv_bn_act_ref(
-            x,
-            weight,
-            bias,
-            gamma,
-            beta,
-            mean,
-            var,
-            stride,
-            padding,
-            output_padding,
-            training,
-            eps,
-            slope,
-            transposed,
+            *(x, weight, bias, gamma, beta, running_mean, running_var),
+            *(stride, padding, output_padding, training, momentum, eps, slope, transposed),
         )
     geometry = _geometry(x, weight, stride, padding, output_padding, transposed)
     w = weight.transpose(0, 1) if transposed else weight
     if not training:
-        scale, shift = _fold(gamma, beta, mean, var, bias, eps)
+        scale, shift = _fold(gamma, beta, running_mean, running_var, bias, eps)
         w = (w * scale[:, None, None, None]).to(x.dtype)
         epilogue = ("lrelu", slope, 1.0, None)
-        return conv_gemm(x, w, None, None, None, shift, geometry, transposed, *epilogue), mean, var
+        return conv_gemm(x, w, None, None, None, shift, geometry, transposed, *epilogue)
     c, mean, var = conv_gemm_stats(x, w.to(x.dtype), bias, geometry, transposed)
     mean, var = mean.detach(), var.detach()
-    return bn_lrelu(c, gamma, beta, mean, (var + eps).rsqrt(), slope), mean, var
+    _move(running_mean, running_var, mean, var, c[:, 0].numel(), momentum)
+    return bn_lrelu(c, gamma, beta, mean, (var + eps).rsqrt(), slope)
 
 
 def _sample(dtype: torch.dtype, device: torch.device, key: Any, small: bool) -> tuple:
@@ -410,7 +453,7 @@ def _sample(dtype: torch.dtype, device: torch.device, key: Any, small: bool) -> 
         torch.randn(c_out, **wide).requires_grad_(),
     )
     mean, var = torch.randn(c_out, **wide), torch.rand(c_out, **wide) + 0.5
-    args = (stride, padding, output_padding, training, eps, slope, transposed)
+    args = (stride, padding, output_padding, training, 0.1, eps, slope, transposed)
     return x.requires_grad_(), weight.requires_grad_(), bias, gamma, beta, mean, var, *args
 
 
@@ -489,15 +532,11 @@ def _conv_bn_act(
         padding,
         output_padding,
         training,
+        momentum,
         eps,
         slope,
     )
-    y, mean, var = CONV_BN_ACT(x, *args, transposed, key=key, impl=impl)
-    if training and count:
-        with torch.no_grad():
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_(var.to(running_var.dtype) * (count / (count - 1)), momentum)
-    return y
+    return CONV_BN_ACT(x, *args, transposed, key=key, impl=impl)
 
 
 def conv_transpose2d_bn_act(
