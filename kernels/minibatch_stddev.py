@@ -17,7 +17,7 @@ from torch import Tensor
 from fastgan.kernels.dispatch import Build, Op, bucket, check_tensors, jit, tl
 from fastgan.kernels.memory import dense, is_channels_last, like, load
 
-BLOCK = 1024
+BLOCK = 2048  # 128-bit loads with the 64-wide warps of AMD too
 
 
 @jit
