@@ -210,7 +210,7 @@ def test_gradcheck_of_the_primitives():
     check_gradients(lambda *t: conv_gemm_stats(*t, (1, 1, 1, 1, 3, 4), False)[0], inputs)
 
 
-@pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize(("up", "down"), [(2, 1), (1, 2)])
 def test_gradcheck_of_modulated_conv2d(up, down):
     x = random(1, 1, 4, 2).detach().transpose(2, 3).requires_grad_()  # neither layout
     out = (2 * up // down, 4 * up // down)
