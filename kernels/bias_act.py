@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.kernels.dispatch import Build, Op, bucket, check_tensors, jit, tl, tuned
+from fastgan.kernels.dispatch import Build, Op, bucket, capped, check_tensors, jit, tl, tuned
 from fastgan.kernels.memory import (
     FLAT_CONFIGS,
     dense,
@@ -358,6 +358,7 @@ def _launch(
             GROUP=group_of(channels if inner == 1 else inner),
             BLOCK=block,
             num_warps=warps,
+            **capped(x.device),
         )
 
     with torch.cuda.device_of(x):
@@ -425,6 +426,7 @@ def _bias_act_backward(
             WIDE=n >= 2**31,
             BLOCK_P=block_p,
             BLOCK_C=block_c,
+            **capped(ref.device),
         )
     return dx, db.sum(0)
 

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastgan.kernels.dispatch import Build, bucket, jit, tl, tuned
+from fastgan.kernels.dispatch import Build, bucket, capped, jit, tl, tuned
 
 # What autotuning may pick. Rows are pixels (forward) or output channels (weight gradient).
 CONV_CONFIGS = [
@@ -40,7 +40,6 @@ WEIGHT_CONFIGS = [
     {"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
 ]
 WEIGHT_PROGRAMS = 512  # enough to fill a GPU; the weight gradient splits its sum over pixels to get there
-# From sm_100 on the assembler spills a few registers for occupancy unless it is told a number.
 MAX_REGISTERS = 232
 SLOPE_BELOW_ZERO = {"linear": 1.0, "relu": 0.0, "lrelu": 0.2}  # alpha replaces lrelu's
 
@@ -309,12 +308,6 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _options(config: dict, device: torch.device) -> dict:
-    capped = device.type == "cuda" and torch.version.hip is None
-    capped = capped and torch.cuda.get_device_capability(device)[0] >= 10
-    return {**config, "maxnreg": MAX_REGISTERS} if capped else config
-
-
 def _by_padding(configs: list[dict], rows: int, columns: int) -> list[dict]:
     """The configurations that pad the product least first; of equals, the one with the largest tile."""
 
@@ -421,7 +414,8 @@ def launch_conv(
             PER_IMAGE=per_image,
             ACC=_accumulator(x.dtype),
             PRECISION=_precision(x.dtype),
-            **_options(config, x.device),
+            **config,
+            **capped(x.device, MAX_REGISTERS),
         )
         return count, partial, tiles
 
@@ -500,7 +494,8 @@ def launch_weight(
             FLIP=flip,
             ACC=_accumulator(x.dtype),
             PRECISION=_precision(x.dtype),
-            **_options(config, x.device),
+            **config,
+            **capped(x.device, MAX_REGISTERS),
         )
         return dw if splits == 1 else partial.sum(0).to(dw.dtype).as_strided(dw.shape, dw.stride())
 

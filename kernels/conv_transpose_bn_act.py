@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan.kernels.conv_gemm import conv_builds, conv_gemm, conv_gemm_stats
-from fastgan.kernels.dispatch import Build, Op, bucket, check_tensors, jit, tl
+from fastgan.kernels.dispatch import Build, Op, bucket, capped, check_tensors, jit, tl
 from fastgan.kernels.memory import (
     dense,
     flat_channels,
@@ -165,6 +165,7 @@ def bn_lrelu(c: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, r: Tensor, sl
             CHANNELS_LAST=last,
             GROUP=group,
             BLOCK=BLOCK,
+            **capped(c.device),
         )
     return y
 
@@ -206,6 +207,7 @@ def bn_lrelu_backward(
             WIDE=n >= 2**31,
             BLOCK_P=block_p,
             BLOCK_C=block_c,
+            **capped(c.device),
         )
         sums = sums.sum(0)
         _gradient_kernel[(-(-n // BLOCK),)](
@@ -222,6 +224,7 @@ def bn_lrelu_backward(
             CHANNELS_LAST=last,
             GROUP=group_of(channels if inner == 1 else inner),
             BLOCK=BLOCK,
+            **capped(c.device),
         )
     return dc, sums[1].clone(), sums[0].clone()
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.kernels.dispatch import Build, Op, bucket, check_tensors, jit, tl
+from fastgan.kernels.dispatch import Build, Op, bucket, capped, check_tensors, jit, tl
 from fastgan.kernels.memory import dense, is_channels_last, like, load
 
 BLOCK = 2048  # 128-bit loads with the 64-wide warps of AMD too
@@ -174,6 +174,7 @@ def _launch(kernel: Any, tensors: tuple, x: Tensor, group: int, num: int) -> Non
             NUM=num,
             CHANNELS_LAST=is_channels_last(x),
             BLOCK=BLOCK,
+            **capped(x.device),
         )
 
 
@@ -201,7 +202,11 @@ def _minibatch_stddev(x: Tensor, group: int, num: int) -> Tensor:
     stat = sums.sum(2) / (c // num * h * w)
     with torch.cuda.device_of(x):
         _fill_kernel[(-(-num * h * w // BLOCK), n)](
-            stat, y, group, n // group, c * h * w, c, h * w, NUM=num, CHANNELS_LAST=last, BLOCK=BLOCK
+            *(stat, y, group, n // group, c * h * w, c, h * w),
+            NUM=num,
+            CHANNELS_LAST=last,
+            BLOCK=BLOCK,
+            **capped(x.device),
         )
     return y
 

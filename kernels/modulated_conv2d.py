@@ -27,7 +27,7 @@ from fastgan.kernels.conv2d_resample import (
     shape_class,
 )
 from fastgan.kernels.conv_gemm import SLOPE_BELOW_ZERO, conv_builds, slope_at, weight_builds
-from fastgan.kernels.dispatch import Build, Op, bucket, check_tensors, jit, tl, tuned
+from fastgan.kernels.dispatch import Build, Op, bucket, capped, check_tensors, jit, tl, tuned
 from fastgan.kernels.memory import (
     FLAT_CONFIGS,
     dense,
@@ -158,6 +158,7 @@ def _epilogue(
             GROUP=group_of(channels if last else pixels),
             BLOCK=block,
             num_warps=warps,
+            **capped(x.device),
         )
 
     with torch.cuda.device_of(x):

@@ -33,7 +33,7 @@ from fastgan.kernels.bias_act import (
     activation,
     activation_slope,
 )
-from fastgan.kernels.dispatch import Build, Op, bucket, check_tensors, jit, tl, tuned
+from fastgan.kernels.dispatch import Build, Op, bucket, capped, check_tensors, jit, tl, tuned
 from fastgan.kernels.memory import (
     FLAT_CONFIGS,
     dense,
@@ -317,6 +317,7 @@ def _reduce(kernel: Any, tensors: tuple, x: Tensor, k: Tensor, count: int, **met
             WIDE=x.numel() >= 2**31,
             BLOCK_P=block_p,
             BLOCK_C=block_c,
+            **capped(x.device),
         )
     return sums.sum(1)
 
@@ -340,6 +341,7 @@ def _map(name: str, kernel: Any, tensors: tuple, x: Tensor, k: Tensor, **meta: A
             GROUP=group_of(channels if last else inner),
             BLOCK=block,
             num_warps=warps,
+            **capped(x.device),
         )
 
     with torch.cuda.device_of(x):
@@ -839,6 +841,7 @@ def _pixel_norm_pass(
             WIDE=x.numel() >= 2**31,
             BLOCK_P=block_p,
             BLOCK_C=block_c,
+            **capped(x.device),
         )
     return out
 

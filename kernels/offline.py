@@ -2,9 +2,10 @@
 
     python -m fastgan.kernels.offline [--arch sm_90 ...] [--op bias_act ...] [--json]
 
-Registers, spills, shared memory against the limit, 128-bit loads and matrix instructions come from the
-machine code; bytes per result from the loads and stores of the compiler's own intermediate form, a loop's
-body counted once. Exit status 1 when a kernel does not compile, spills or asks for too much shared memory.
+Registers, stack (what spills) and shared memory against the limit come from the machine code; 128-bit loads and
+matrix instructions from the assembly it is made of (PTX, whose vector loads and matrix products the assembler
+keeps as they are, and AMD's own); bytes per result from the loads and stores of the compiler's intermediate form,
+a loop's body counted once. Exit status 1 when a kernel does not compile, spills or asks for too much shared memory.
 """
 
 import argparse
@@ -41,10 +42,12 @@ OPS = (
     "conv2d_resample",
     "conv_transpose_bn_act",
 )
-WIDE_LOAD = re.compile(r"\b(?:LDG\.E\S*\.128|LDGSTS\.E\S*\.128|UTMALDG|(?:global|buffer)_load_dwordx4)\b")
-LOAD = re.compile(r"\b(?:LDG|LDGSTS|UTMALDG|global_load|buffer_load)")
-MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|QMMA|IMMA|DMMA|v_mfma)")
-SPILL = re.compile(r"\b(?:STL|LDL|scratch_store|scratch_load)")
+LOAD = re.compile(r"\b(?:ld\.global|cp\.async\.c|cp\.async\.bulk\.tensor|global_load|buffer_load)\S*( .*)?")
+WIDE_LOAD = re.compile(
+    r"ld\.global\S*\.v4\.[bf]32|ld\.global\S*\.v2\.[bf]64|cp\.async\.c\S* .*, (?:0x10|16)\b"
+    r"|cp\.async\.bulk\.tensor|_load_dwordx4"
+)
+MATRIX = {"mma.sync": "HMMA", "wgmma.mma_async": "HGMMA", "tcgen05.mma": "tcgen05", "v_mfma": "MFMA"}
 ACCESS = re.compile(r"= tt\.load .*: (.*?)(?: loc|$)|tt\.store .*: (.*?)(?: loc|$)")
 TENSOR = re.compile(r"(?:tensor<([\dx]+)x)?!tt\.ptr<\w*?(\d+)(?:,[^>]*)?>")
 
@@ -105,7 +108,7 @@ def _compile(build: Build, arch: str) -> Any:
         build.kernel, signature, build.constexprs, {(i,): [["tt.divisibility", 16]] for i in aligned}
     )
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
-    if build.registers and arch.startswith("sm_1"):
+    if arch.startswith("sm_1"):
         options["maxnreg"] = build.registers
     return triton.compile(source, target=_target(arch), options=options)
 
@@ -117,16 +120,22 @@ def _tool(name: str, *args: str) -> str:
     return subprocess.run([tool, *args], capture_output=True, text=True, check=True).stdout
 
 
-def _machine_code(compiled: Any) -> tuple[str, int]:
-    """Assembly text, and registers a thread."""
+def _machine_code(compiled: Any) -> tuple[str, int, int]:
+    """Assembly text, registers a thread, bytes of stack a thread."""
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
-        return text, int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])  # type: ignore[index]
+        usage = (
+            re.search(r"\.private_segment_fixed_size:\s+(\d+)", text),
+            re.search(r"\.vgpr_count:\s+(\d+)", text),
+        )
+        stack, registers = (int(match[1]) for match in usage if match)
+        return text, registers, stack
     with tempfile.TemporaryDirectory() as folder:
         cubin = os.path.join(folder, "kernel.cubin")
         Path(cubin).write_bytes(compiled.asm["cubin"])
-        usage = _tool("cuobjdump", "-res-usage", cubin)
-        return _tool("nvdisasm", cubin), int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", cubin))
+    assert usage
+    return compiled.asm["ptx"], int(usage[1]), int(usage[2])
 
 
 def _bytes(ttir: str) -> int:
@@ -146,12 +155,11 @@ def measure(op: str, build: Build, arch: str) -> Result:
     except Exception as error:  # whatever the compiler raises is the finding
         result.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         return result
-    text, result.registers = _machine_code(compiled)
-    result.spills = len(SPILL.findall(text))
+    text, result.registers, result.spills = _machine_code(compiled)
     result.shared = compiled.metadata.shared
-    result.loads = len(LOAD.findall(text))
-    result.wide_loads = len(WIDE_LOAD.findall(text))
-    result.matrix = ",".join(sorted(set(MATRIX.findall(text))))
+    loads = [match.group() for match in LOAD.finditer(text)]
+    result.loads, result.wide_loads = len(loads), sum(bool(WIDE_LOAD.search(load)) for load in loads)
+    result.matrix = ",".join(name for word, name in MATRIX.items() if word in text)
     if build.elements:
         result.bytes_per_element = _bytes(compiled.asm["ttir"]) / build.elements
     return result
@@ -176,7 +184,7 @@ def report(archs: list[str], ops: list[str], jobs: int = 1) -> list[Result]:
 def table(results: list[Result]) -> str:
     width = max([len(r.name) for r in results], default=4)
     lines = [
-        f"{'kernel':{width}} arch    regs spills  shared/limit  128-bit/loads matrix  bytes/result (least)"
+        f"{'kernel':{width}} arch    regs  stack  shared/limit  128-bit/loads matrix  bytes/result (least)"
     ]
     for r in results:
         if r.error:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.kernels.dispatch import Build, Op, bucket, check_tensors, jit, tl, tuned
+from fastgan.kernels.dispatch import Build, Op, bucket, capped, check_tensors, jit, tl, tuned
 from fastgan.kernels.memory import dense, is_channels_last, load
 
 Pair = int | Sequence[int]
@@ -302,6 +302,7 @@ def _upfirdn2d(
                 BLOCK_C=block_c,
                 JOIN=channels == 1,
                 num_warps=warps,
+                **capped(x.device),
             )
         else:
             _fir_kernel[grid](
@@ -321,6 +322,7 @@ def _upfirdn2d(
                 BLOCK_P=block_p,
                 BLOCK_C=block_c,
                 num_warps=warps,
+                **capped(x.device),
             )
 
     key = (x.dtype, tuple(f.shape), tuple(up), tuple(down), last, bucket(y.numel()))

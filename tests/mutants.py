@@ -203,7 +203,7 @@ def survives(name: str) -> bool:
         command += [f"tests/interpreted_{mutant.suite}.py", "-k", mutant.tests]
         env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": folder}
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
-        if done.returncode not in (0, 1):
+        if done.returncode > 1:  # below zero is a signal: the mutant read out of bounds
             raise RuntimeError(f"pytest could not run: {done.stdout[-1000:]}{done.stderr[-1000:]}")
         return done.returncode == 0
 
