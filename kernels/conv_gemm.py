@@ -40,7 +40,6 @@ WEIGHT_CONFIGS = [
     {"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
 ]
 WEIGHT_PROGRAMS = 512  # enough to fill a GPU; the weight gradient splits its sum over pixels to get there
-MAX_REGISTERS = 232
 SLOPE_BELOW_ZERO = {"linear": 1.0, "relu": 0.0, "lrelu": 0.2}  # alpha replaces lrelu's
 
 
@@ -415,7 +414,7 @@ def launch_conv(
             ACC=_accumulator(x.dtype),
             PRECISION=_precision(x.dtype),
             **config,
-            **capped(x.device, MAX_REGISTERS),
+            **capped(x.device),
         )
         return count, partial, tiles
 
@@ -495,7 +494,7 @@ def launch_weight(
             ACC=_accumulator(x.dtype),
             PRECISION=_precision(x.dtype),
             **config,
-            **capped(x.device, MAX_REGISTERS),
+            **capped(x.device),
         )
         return dw if splits == 1 else partial.sum(0).to(dw.dtype).as_strided(dw.shape, dw.stride())
 
@@ -753,9 +752,7 @@ def _builds(
         name = f"{label} {dtype} {'x'.join(str(v) for v in blocks.values())}"
         unaligned = tuple(n for n in signature if n in odd)
         warps, stages = config["num_warps"], config["num_stages"]
-        builds.append(
-            Build(name, kernel, signature, fixed, warps, stages, unaligned=unaligned, registers=MAX_REGISTERS)
-        )
+        builds.append(Build(name, kernel, signature, fixed, warps, stages, unaligned=unaligned))
     return builds
 
 

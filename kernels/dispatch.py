@@ -38,7 +38,7 @@ else:
         tl, jit = SimpleNamespace(constexpr=object), lambda fn: fn
 
 C = TypeVar("C")
-REGISTERS = 128  # of a thread, enough for every elementwise kernel and reduction
+REGISTERS = 232  # of a thread: enough for every kernel, few enough for 8 warps
 __all__ = ["Build", "Op", "bucket", "capped", "check_tensors", "interpreting", "jit", "tl", "tuned"]
 
 
@@ -47,8 +47,7 @@ class Build(NamedTuple):
 
     `signature` maps every runtime argument to its Triton type ("*bf16", "i32", ...); those in `unaligned` are
     not taken to be multiples of 16. `elements` is the number of results that one pass over the kernel's body
-    makes, `least` the bytes per result that any implementation has to move. `registers` caps those of a
-    thread from sm_100 on (`capped`).
+    makes, `least` the bytes per result that any implementation has to move.
     """
 
     name: str
@@ -60,15 +59,14 @@ class Build(NamedTuple):
     elements: int = 0
     least: float = 0.0
     unaligned: tuple[str, ...] = ()
-    registers: int = REGISTERS
 
 
-def capped(device: torch.device, registers: int = REGISTERS) -> dict[str, int]:
+def capped(device: torch.device) -> dict[str, int]:
     """The launch option that caps a thread's registers, on NVIDIA GPUs from sm_100 on: left to itself, their
     assembler spills a few for an occupancy that nothing needs."""
     if device.type != "cuda" or torch.version.hip is not None:
         return {}
-    return {"maxnreg": registers} if torch.cuda.get_device_capability(device)[0] >= 10 else {}
+    return {"maxnreg": REGISTERS} if torch.cuda.get_device_capability(device)[0] >= 10 else {}
 
 
 def interpreting() -> bool:

@@ -2,10 +2,11 @@
 
     python -m fastgan.kernels.offline [--arch sm_90 ...] [--op bias_act ...] [--json]
 
-Registers, stack (what spills) and shared memory against the limit come from the machine code; 128-bit loads and
-matrix instructions from the assembly it is made of (PTX, whose vector loads and matrix products the assembler
-keeps as they are, and AMD's own); bytes per result from the loads and stores of the compiler's intermediate form,
-a loop's body counted once. Exit status 1 when a kernel does not compile, spills or asks for too much shared memory.
+Registers, stack (what spills) and shared memory against the limit come from the machine code; 128-bit loads
+and matrix instructions from the assembly it is made of (PTX, whose vector loads and matrix products the
+assembler keeps as they are, and AMD's own); bytes per result from the loads and stores of the compiler's
+intermediate form, a loop's body counted once. Exit status 1 when a kernel does not compile, spills or asks
+for too much shared memory.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastgan.kernels.dispatch import Build, interpreting
+from fastgan.kernels.dispatch import REGISTERS, Build, interpreting
 
 SHARED_LIMIT = {  # bytes that one block may use
     "sm_80": 163 * 1024,
@@ -109,7 +110,7 @@ def _compile(build: Build, arch: str) -> Any:
     )
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
     if arch.startswith("sm_1"):
-        options["maxnreg"] = build.registers
+        options["maxnreg"] = REGISTERS
     return triton.compile(source, target=_target(arch), options=options)
 
 

@@ -118,8 +118,8 @@ MUTANTS = {
     ),
     "convolution: raw launch in backward": Mutant(
         "conv_gemm",
-        "    x, g, s_in, s_out = ctx.saved_tensors",
-        "    x, g, s_in, s_out = ctx.saved_tensors\n    v = v.detach()",
+        "    x, w, s_in, s_out, noise, bias, y = ctx.saved_tensors\n",
+        "    x, w, s_in, s_out, noise, bias, y = ctx.saved_tensors\n    g = g.detach()\n",
         "primitive_agrees",
         "conv",
     ),
