@@ -256,7 +256,7 @@ def _new_output(x: Tensor, f: Tensor, up: Sequence[int], down: Sequence[int], pa
 
 
 CONFIGS = ((1024, 4), (2048, 8))  # elements of a tile, warps
-CONFIGS_2X_NCHW = ((512, 4), (1024, 8))
+CONFIGS_2X_SMALL = ((512, 4), (1024, 8))  # in NCHW, and where 6x6 windows of fp32 fill the registers
 
 
 def _block_c(channels: int) -> int:
@@ -327,7 +327,8 @@ def _upfirdn2d(
 
     key = (x.dtype, tuple(f.shape), tuple(up), tuple(down), last, bucket(y.numel()))
     with torch.cuda.device_of(x):
-        launch(tuned("upfirdn2d", key, CONFIGS_2X_NCHW if twice and not last else CONFIGS, launch, x.device))
+        small = twice and (not last or x.element_size() > 2)
+        launch(tuned("upfirdn2d", key, CONFIGS_2X_SMALL if small else CONFIGS, launch, x.device))
     return y
 
 
@@ -472,7 +473,7 @@ def _offline() -> list[Build]:
             # Padding is no multiple of 16, nor are the sizes of one plane in NCHW.
             unaligned = ("y0", "x0", "n") if last else (*sizes,)
             for up, odd in ((True, 0), (True, 1), (False, 1)):
-                for block, warps in CONFIGS if last else CONFIGS_2X_NCHW:
+                for block, warps in CONFIGS if last and dtype == "bf16" else CONFIGS_2X_SMALL:
                     meta = {"UP": up, "ODD_Y": odd, "ODD_X": odd, "FLIP": False, "WIDE": False}
                     meta |= {"BLOCK_P": block // block_c, "BLOCK_C": block_c, "JOIN": not last}
                     meta |= {} if last else {"n_channels": 1}
