@@ -276,16 +276,15 @@ class Op:
         return next(name for name in self.candidates if name != "reference")
 
     def forced(self, impl: str | None, device: torch.device) -> str | None:
-        """The candidate that `impl` or FASTGAN_KERNELS asks for; "triton" means the preferred one."""
+        """The candidate that `impl` or FASTGAN_KERNELS asks for; where an operation has no "library" or "triton",
+        its preferred one."""
         name = impl or os.environ.get("FASTGAN_KERNELS")
         if not name:
             return None
-        if name == "triton" and name not in self.candidates:
+        if name in ("triton", "library") and name not in self.candidates:
             name = self.preferred
         if name not in self.candidates:
-            raise ValueError(
-                f"impl (or FASTGAN_KERNELS) must be one of triton, {', '.join(self.candidates)}: got {name!r}"
-            )
+            raise ValueError(f"impl (or FASTGAN_KERNELS) must be triton, library or reference: got {name!r}")
         if name != "reference" and device.type != "cuda" and not interpreting():
             raise ValueError(
                 f"{self.name}: impl {name!r} needs a tensor on a GPU, or TRITON_INTERPRET=1 set before the "

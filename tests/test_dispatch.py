@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fastgan.kernels import dispatch
-from fastgan.kernels.bias_act import bias_act
+from fastgan.kernels.bias_act import BIAS_ACT, bias_act
+from fastgan.kernels.conv2d_resample import CONV2D_RESAMPLE
 
 CPU = torch.device("cpu")
 
@@ -117,6 +118,13 @@ def test_impl_and_environment_force_and_are_checked(monkeypatch):
         bias_act(x)
     monkeypatch.setenv("FASTGAN_KERNELS", "reference")
     assert bias_act(x).equal(x)
+
+
+def test_one_name_forces_every_operation(monkeypatch):
+    cuda = torch.device("cuda")
+    assert BIAS_ACT.forced("library", cuda) == BIAS_ACT.forced("triton", cuda) == "triton"
+    monkeypatch.setenv("FASTGAN_KERNELS", "library")
+    assert CONV2D_RESAMPLE.forced(None, cuda) == "library" and BIAS_ACT.forced(None, cuda) == "triton"
 
 
 def test_tracing_takes_the_verdict_as_a_constant(cache, monkeypatch):
