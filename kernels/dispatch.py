@@ -276,8 +276,8 @@ class Op:
         return next(name for name in self.candidates if name != "reference")
 
     def forced(self, impl: str | None, device: torch.device) -> str | None:
-        """The candidate that `impl` or FASTGAN_KERNELS asks for; where an operation has no "library" or "triton",
-        its preferred one."""
+        """The candidate that `impl` or FASTGAN_KERNELS asks for; the preferred one where an operation has no
+        "library" or "triton"."""
         name = impl or os.environ.get("FASTGAN_KERNELS")
         if not name:
             return None
