@@ -2,8 +2,8 @@
 
 What is left besides convolutions and matrix products is bound by memory, so its bytes are its cost. Unfused,
 every aten operation reads its operands and writes its results once. Fused, every node that Inductor schedules
-for the CPU does: what one node passes to itself stays in registers. Both are counted from shapes alone. An aten
-operation that is fused already, as BatchNorm is, reads and writes once in the unfused count too.
+for the CPU does: what one node passes to itself stays in registers. Both are counted from shapes alone. An
+aten operation that is fused already, as BatchNorm is, reads and writes once in the unfused count too.
 """
 
 from collections.abc import Callable
