@@ -44,6 +44,8 @@ class Config:
         "auto", "of convolutions; auto: bf16 where native", choices=("auto", "fp32", "bf16")
     )
     compile: bool = _option(False, "compile each phase into one graph")
+    # Mutable: a replay launches the very kernels that were recorded, so the numbers stay the same.
+    cuda_graphs: bool = _option(True, "on CUDA, replay each phase as a CUDA graph", mutable=True)
 
     loss: str = _option("non-saturating", "adversarial loss", choices=tuple(LOSSES))
     g_lr: float = _option(0.002, "learning rate of the generator")

@@ -5,13 +5,15 @@ seen), so that a run stopped after any step and resumed is the run that was neve
 """
 
 import copy
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastgan.compiled import Phase
+from fastgan.compiled import CudaCapture, Phase, Recordings
 from fastgan.config import Config, build_networks
 from fastgan.step import PhaseResult, d_phase, g_path_phase, g_phase
 
@@ -35,18 +37,19 @@ class Engine:
         self.pl_mean = torch.zeros([], device=device)
         self.losses: dict[str, Tensor] = {}  # since the last tick: name -> [sum, count]
 
-        c = config
-        phase = partial(Phase, device=device, compile=c.compile)
-        self.d = phase("D", partial(d_phase, loss=c.loss))
-        self.d_r1 = phase(
-            "D with R1", partial(d_phase, loss=c.loss, r1_weight=c.r1 / 2 * c.r1_every), every=c.r1_every
+        set_precision(config, device)
+        graphs = config.cuda_graphs and device.type == "cuda"
+        phase = partial(
+            Phase,
+            device=device,
+            compile=config.compile,
+            recordings=Recordings(CudaCapture(device)) if graphs else None,
         )
-        self.g = phase("G", partial(g_phase, loss=c.loss))
-        self.g_path = phase(
-            "G with path length",
-            partial(g_path_phase, loss=c.loss, pl_weight=c.pl * c.pl_every, pl_decay=c.pl_decay),
-            every=c.pl_every,
-        )
+        functions, c = phase_functions(config), config
+        self.d = phase("D", functions["D"])
+        self.d_r1 = phase("D with R1", functions["D with R1"], every=c.r1_every)
+        self.g = phase("G", functions["G"])
+        self.g_path = phase("G with path length", functions["G with path length"], every=c.pl_every)
 
     def step(self, real: Tensor) -> None:
         """One update of D, one of G, one of the moving average: real uint8 [batch, C, R, R]."""
@@ -61,9 +64,8 @@ class Engine:
         if c.pl > 0 and step % c.pl_every == 0:
             count = c.batch // c.pl_batch_shrink
             noise = torch.randn(count, *real.shape[1:], device=self.device)
-            result, self.pl_mean = self.g_path(
-                step, G, D, *latents, *self.latents(count), noise, self.pl_mean
-            )
+            result, pl_mean = self.g_path(step, G, D, *latents, *self.latents(count), noise, self.pl_mean)
+            self.pl_mean.copy_(pl_mean)  # a phase's results last until the next phase (compiled.py)
         else:
             result = self.g(step, G, D, *latents)
         self._update(G, self.g_optimizer, result)
@@ -162,6 +164,32 @@ class Engine:
             for name, tensor in state.items()
             if name.startswith("losses.")
         }
+
+
+def phase_functions(config: Config) -> dict[str, Callable[..., Any]]:
+    """The phases of step.py by name, with the weights of `config`, whether its run has penalties or not."""
+    c = config
+    return {
+        "D": partial(d_phase, loss=c.loss),
+        "D with R1": partial(d_phase, loss=c.loss, r1_weight=c.r1 / 2 * c.r1_every),
+        "G": partial(g_phase, loss=c.loss),
+        "G with path length": partial(
+            g_path_phase, loss=c.loss, pl_weight=c.pl * c.pl_every, pl_decay=c.pl_decay
+        ),
+    }
+
+
+def set_precision(config: Config, device: torch.device) -> None:
+    """What CUDA's libraries may do on their own: TF32, 10 bits of mantissa, and trying out convolutions.
+
+    With --precision bf16 what is left in fp32 (mapping network, D's last layers) runs as TF32, still more
+    precise than its surroundings; with fp32 it is fp32. Shapes never change, so cuDNN times its algorithms
+    once for each convolution; a resumed run may find another one the fastest, and differ by roundings.
+    """
+    if device.type == "cuda":
+        tf32 = config.precision != "fp32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cudnn.benchmark = True
 
 
 def place(net: torch.nn.Module, device: torch.device) -> None:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -310,7 +311,8 @@ class Op:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Changes with the source of the candidates, so that no verdict outlives the kernel it was about."""
-        files = sorted({inspect.getfile(inspect.unwrap(f)) for f in self.candidates.values()})
+        functions = (f._init_fn if isinstance(f, CustomOpDef) else f for f in self.candidates.values())
+        files = sorted({inspect.getfile(inspect.unwrap(f)) for f in functions})
         return hashlib.sha256(b"".join(Path(f).read_bytes() for f in files)).hexdigest()[:12]
 
     def _decide(self, dtype: torch.dtype, device: torch.device, key: Any) -> str:

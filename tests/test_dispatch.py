@@ -10,6 +10,8 @@ import torch
 from fastgan.kernels import dispatch
 from fastgan.kernels.bias_act import BIAS_ACT, bias_act
 from fastgan.kernels.conv2d_resample import CONV2D_RESAMPLE
+from fastgan.kernels.minibatch_stddev import MINIBATCH_STDDEV
+from fastgan.kernels.norm_act import PIXEL_NORM
 
 CPU = torch.device("cpu")
 
@@ -150,3 +152,9 @@ def test_no_kernel_adds_with_atomics():
     """Which would make every result depend on the order of arrival: runs are deterministic on request."""
     files = list(Path(dispatch.__file__).parent.glob("*.py"))
     assert len(files) > 10 and not [f.name for f in files if "tl.atomic" in f.read_text()]
+
+
+@pytest.mark.parametrize("op", [BIAS_ACT, MINIBATCH_STDDEV, PIXEL_NORM], ids=lambda op: op.name)
+def test_registered_ops_have_a_fingerprint(op: dispatch.Op):
+    """A candidate may be an op as torch.library returns it, which is no function."""
+    assert len(op.fingerprint) == 12

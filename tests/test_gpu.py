@@ -4,12 +4,14 @@ compute-sanitizer --tool memcheck python -m pytest -m gpu tests/test_gpu.py -k "
 """
 
 import copy
+import dataclasses
 import warnings
 
 import pytest
 import torch
 
 from bench.operations import NETWORKS, calls
+from fastgan.compiled import CudaCapture, Recording, Recordings
 from fastgan.config import make_config
 from fastgan.engine import Engine
 from fastgan.kernels import dispatch
@@ -64,6 +66,41 @@ def test_a_compiled_step_equals_an_eager_one(arch: str):
             engine.step(real)
     for a, b in zip(eager.G.parameters(), compiled.G.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["stylegan", "dcgan"])
+def test_replayed_steps_equal_launched_ones(arch: str, monkeypatch):
+    """All four phases among each other, each recorded at its second call, and what D draws inside of them."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    config = make_config(
+        arch, batch=8, precision="fp32", device="cuda", r1=1.0, r1_every=2, pl=1.0, pl_every=2
+    )
+    real = torch.randint(0, 256, (8, 3, config.resolution, config.resolution), dtype=torch.uint8, device=CUDA)
+    launched = Engine(dataclasses.replace(config, cuda_graphs=False), CUDA)
+    replayed = Engine(config, CUDA)
+    for _ in range(6):
+        launched.step(real)
+        replayed.step(real)
+    for phase in (replayed.d, replayed.d_r1, replayed.g, replayed.g_path):
+        assert phase.recording and phase.recording.replay
+    expected = launched.state()
+    for name, value in replayed.state().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_failed_capture_leaves_no_trace():
+    """The stream is the current one again and the generator draws."""
+    recording = Recording(lambda x: x * x.sum().item() + torch.rand_like(x), Recordings(CudaCapture(CUDA)))
+    x, stream = torch.ones(4, device=CUDA), torch.cuda.current_stream()
+    recording(x)
+    with pytest.warns(RuntimeWarning, match="CUDA graphs are off"):
+        recording(x)
+    assert torch.cuda.current_stream() == stream
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        drawn.append(recording(x))
+    assert drawn[0].equal(drawn[1])
 
 
 def test_deterministic_on_request():

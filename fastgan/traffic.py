@@ -1,0 +1,133 @@
+"""How many kernels a phase launches and how many bytes they move through memory, unfused and fused.
+
+What is left besides convolutions and matrix products is bound by memory, so its bytes are its cost. Unfused,
+every aten operation reads its operands and writes its results once. Fused, every node that Inductor schedules
+for the CPU does: what one node passes to itself stays in registers. Both are counted from shapes alone. An
+aten operation that is fused already, as BatchNorm is, reads and writes once in the unfused count too.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastgan.config import Config, build_networks
+from fastgan.engine import phase_functions, place
+
+PRODUCTS = {"convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm"}
+WRITES_ONLY = {"copy_", "fill_", "zero_"}
+
+
+class Traffic(NamedTuple):
+    products: int  # launches of convolutions and matrix products
+    launches: int  # of all other kernels
+    bytes: int  # that those others read and write
+
+
+def phase_calls(config: Config, device: torch.device) -> dict[str, tuple[Callable[..., Any], tuple]]:
+    """name -> (phase, arguments) at the size of `config`, on new networks and fresh random numbers."""
+    c, side = config, config.resolution
+    with torch.device(device):
+        G, D = build_networks(config)
+        place(G, device)
+        place(D, device)
+        real = torch.randint(0, 256, (c.batch, side, side, c.channels), dtype=torch.uint8).permute(0, 3, 1, 2)
+        fewer = c.batch // c.pl_batch_shrink
+        latents, others = (
+            (torch.randn(count, G.normals), torch.rand(count, G.uniforms)) for count in (c.batch, fewer)
+        )
+        path = (*others, torch.randn(fewer, c.channels, side, side), torch.zeros([]))
+    arguments = {
+        "D": (G, D, real, *latents),
+        "D with R1": (G, D, real, *latents),
+        "G": (G, D, *latents),
+        "G with path length": (G, D, *latents, *path),
+    }
+    return {name: (function, arguments[name]) for name, function in phase_functions(c).items()}
+
+
+def unfused(function: Callable[..., Any], *args: Any) -> Traffic:
+    """Of `function` as PyTorch runs it eagerly; on meta tensors nothing is computed."""
+    counter = _Counter()
+    with counter:
+        function(*args)
+    return Traffic(counter.products, counter.launches, counter.bytes)
+
+
+def fused(function: Callable[..., Any], *args: Any) -> Traffic:
+    """Of `function`, on CPU tensors, as Inductor schedules it; stops there, before any code is made."""
+    nodes: list[Any] = []
+
+    def stop(scheduled: list[Any]) -> list[Any]:
+        nodes.extend((n, n.get_read_write_buffers_sizes()) for n in scheduled)
+        raise _Scheduled
+
+    options: dict[str, Any] = {"_post_fusion_custom_pass": stop}
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        try:
+            compiled(*args)
+        except BackendCompilerFailed as error:
+            if not isinstance(error.inner_exception, _Scheduled):
+                raise
+    products = launches = moved = 0
+    for node, size in nodes:
+        kernel = str(getattr(node.node, "python_kernel_name", None)).split(".")
+        if PRODUCTS.intersection(kernel):
+            products += 1
+        elif size:  # 0: what only names a result or an input
+            launches, moved = launches + 1, moved + size
+    return Traffic(products, launches, moved)
+
+
+def table(config: Config) -> str:
+    """Both counts for each phase that `config` runs."""
+    used = {"D": True, "D with R1": config.r1 > 0, "G": True, "G with path length": config.pl > 0}
+    row = "{:18}  {:>8}  {:>9} {:>7}  {:>9} {:>7}".format
+    lines = [row("", "products", "launches", "fused", "MB moved", "fused")]
+    meta, cpu = (phase_calls(config, torch.device(name)) for name in ("meta", "cpu"))
+    for name in filter(used.get, used):
+        (function, on_meta), (_, on_cpu) = meta[name], cpu[name]
+        a, b = unfused(function, *on_meta), fused(function, *on_cpu)
+        moved = (f"{t.bytes / 1e6:.0f}" for t in (a, b))
+        lines.append(row(name, a.products, a.launches, b.launches, *moved))
+    return "\n".join(lines)
+
+
+class _Scheduled(Exception):
+    """The graph has been scheduled, which is all that `fused` wants."""
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = self.launches = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        result = func(*args, **(kwargs or {}))
+        operands, results = _tensors(args, kwargs), _tensors(result)
+        name = func.overloadpacket.__name__
+        if name in PRODUCTS:
+            self.products += 1
+        elif not func.is_view and not name.startswith(("empty", "new_empty")):
+            written = operands[0] if name in WRITES_ONLY else None
+            moved = sum(_footprint(t) for t in operands if t is not written) + sum(map(_footprint, results))
+            self.launches, self.bytes = self.launches + (moved > 0), self.bytes + moved
+        return result
+
+
+def _tensors(*values: Any) -> list[Tensor]:
+    """Those among `values`, each once."""
+    return list({id(t): t for t in tree_leaves(values) if isinstance(t, Tensor)}.values())
+
+
+def _footprint(t: Tensor) -> int:
+    """Bytes of memory behind `t`: those of an expanded dimension count once."""
+    count = t.itemsize
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        count *= size if stride or not size else 1
+    return count

@@ -1,0 +1,189 @@
+"""What would break or stall a phase on a GPU, found without one: on meta tensors under a dispatch mode, and
+on fake CUDA tensors as far as they go (a CPU build of PyTorch has no CUDA backward for them).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastgan.config import Config, build_networks, make_config
+from fastgan.engine import set_precision
+from fastgan.traffic import phase_calls
+
+aten = torch.ops.aten
+CPU, META = torch.device("cpu"), torch.device("meta")
+SIZES: dict[str, dict[str, Any]] = {
+    "stylegan": {"resolution": 16, "batch": 8},
+    "dcgan": {"resolution": 16, "batch": 8, "dropout": 0.1, "instance_noise": 0.3},
+}
+PHASES = ("D", "D with R1", "G", "G with path length")
+
+
+def config(arch: str, precision: str = "bf16") -> Config:
+    return make_config(arch, device="cpu", precision=precision, r1=1.0, pl=1.0, **SIZES[arch])
+
+
+class OneDevice(TorchDispatchMode):
+    """Raises AssertionError for an operation that a captured graph on `device` could not repeat or that would
+    wait for it: a tensor on another device, copies included, or a result or shape that depends on values.
+
+    Scalar CPU tensors, which PyTorch takes beside tensors on any device, count as another device: a CUDA
+    graph keeps the number they held when it was captured. `shapes` is what every operation took and returned.
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+        self.shapes: list[tuple[str, list[torch.Size]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        kwargs = kwargs or {}
+        self.check(func, args, kwargs)
+        if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
+            masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+            assert not masks, f"{func} by a mask depends on values"
+        else:
+            tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+            assert not tags.intersection(func.tags), f"{func} depends on values"
+        result = func(*args, **kwargs)
+        self.check(func, result, {})
+        self.shapes.append(
+            (str(func), [t.shape for t in tree_leaves((args, kwargs, result)) if is_tensor(t)])
+        )
+        return result
+
+    def check(self, func: Any, values: Any, more: dict[str, Any]) -> None:
+        for value in tree_leaves((values, more)):
+            device = value.device if is_tensor(value) else value
+            if isinstance(device, torch.device):
+                assert device == self.device, f"{func} on {device} in a phase on {self.device}"
+
+
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("arch", SIZES)
+def test_a_phase_stays_on_its_device(arch: str, phase: str, precision: str):
+    """Two steps: the same operations on the same shapes."""
+    function, args = phase_calls(config(arch, precision), META)[phase]
+    steps = []
+    for _ in range(2):
+        with OneDevice(META) as mode:
+            result = function(*args)
+        assert all(t.device == META for t in tree_leaves(result))
+        steps.append(mode.shapes)
+    assert len(steps[0]) > 50
+    assert steps[0] == steps[1]
+
+
+def item(x: Tensor) -> Tensor:
+    return x * x.sum().item()
+
+
+def branch(x: Tensor) -> Tensor:
+    return x if x.sum() > 0 else -x
+
+
+def nonzero(x: Tensor) -> Tensor:
+    return x[x.flatten().nonzero().flatten()]
+
+
+def masked(x: Tensor) -> Tensor:
+    return x[x > 0]
+
+
+def unique(x: Tensor) -> Tensor:
+    return x + x.unique().sum()
+
+
+def to_the_host(x: Tensor) -> Tensor:
+    return x + x.cpu().sum()
+
+
+def cpu_operand(x: Tensor) -> Tensor:
+    return nn.functional.conv2d(x, torch.ones(3, 3, 1, 1))
+
+
+def cpu_scalar(x: Tensor) -> Tensor:
+    return x * torch.ones([])
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (item, "aten._local_scalar_dense.default depends on values"),
+        (branch, "depends on values"),
+        (nonzero, "aten.nonzero.default depends on values"),
+        (masked, "aten.index.Tensor by a mask depends on values"),
+        (unique, "unique.* depends on values"),
+        (to_the_host, "aten._to_copy.default on cpu in a phase on meta"),
+        (cpu_operand, "on cpu in a phase on meta"),
+        (cpu_scalar, "on cpu in a phase on meta"),
+    ],
+    ids=lambda f: getattr(f, "__name__", ""),
+)
+def test_a_planted_fault_is_found(fault: Callable[[Tensor], Tensor], message: str):
+    """In the middle of a phase: on what D sees."""
+    function, (G, D, *args) = phase_calls(config("dcgan"), META)["D"]
+
+    class Faulty(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return D(fault(x))
+
+    with OneDevice(META), pytest.raises(AssertionError, match=message):
+        function(G, Faulty(), *args)
+
+
+@pytest.mark.parametrize(
+    ("arch", "impl"), [("stylegan", "reference"), ("stylegan", "triton"), ("dcgan", "reference")]
+)
+def test_discriminators_on_fake_cuda(arch: str, impl: str, monkeypatch: pytest.MonkeyPatch):
+    """PyTorch's own rules about devices, and the registered kernels'. Slices, which G takes, and the fused
+    BatchNorm do not go without CUDA."""
+    if torch.cuda.is_available():
+        pytest.skip("tests/test_gpu.py runs them on the device")
+    device = torch.device("cuda:0")
+    monkeypatch.setenv("FASTGAN_KERNELS", impl)
+    c = config(arch)
+    _, D = build_networks(c)
+    with FakeTensorMode(), torch.no_grad(), OneDevice(device):
+        for module in D.eval().modules():
+            for name, t in (*module._parameters.items(), *module._buffers.items()):
+                if t is not None:
+                    delattr(module, name)
+                    fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+                    module.register_buffer(name, fake)
+        assert D(torch.empty(4, 3, c.resolution, c.resolution, device=device)).device == device
+
+
+def test_precision_on_cuda():
+    """TF32 for what bf16 leaves over, none under --precision fp32; on a CPU all stays as it was."""
+    owners: list[tuple[Any, str]] = [
+        (torch.backends.cuda.matmul, "allow_tf32"),
+        (torch.backends.cudnn, "allow_tf32"),
+        (torch.backends.cudnn, "benchmark"),
+    ]
+
+    def flags() -> list[bool]:
+        return [getattr(owner, name) for owner, name in owners]
+
+    before, cuda = flags(), torch.device("cuda")
+    try:
+        set_precision(config("dcgan"), CPU)
+        assert flags() == before
+        set_precision(config("dcgan"), cuda)
+        assert flags() == [True, True, True]
+        set_precision(config("dcgan", "fp32"), cuda)
+        assert flags() == [False, False, True]
+    finally:
+        for (owner, name), value in zip(owners, before, strict=True):
+            setattr(owner, name, value)

@@ -1,0 +1,242 @@
+"""Recorded phases, on a CPU: `Tape` stands in for a CUDA graph.
+
+Like one it runs nothing but kernels again, on the memory that they were recorded on; and what a shared pool
+could overwrite between two replays, it does overwrite, with NaN.
+"""
+
+import itertools
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from test_step import phases, tiny
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastgan.compiled import CudaCapture, Recording, Recordings
+from fastgan.config import make_config
+from fastgan.engine import Engine
+from fastgan.models import dcgan
+
+CPU = torch.device("cpu")
+
+
+def memory(*values: Any) -> set[int]:
+    return {t.untyped_storage().data_ptr() for t in tree_leaves(values) if isinstance(t, Tensor)}
+
+
+class Tape(TorchDispatchMode):
+    """Records the aten operations of one run. `replay` repeats them into the tensors of the recording.
+
+    `scratch`, which captures may share, are all tensors that any of them made.
+    """
+
+    def __init__(self, scratch: list[Tensor]):
+        super().__init__()
+        self.scratch = scratch
+        self.operations: list[tuple[Callable, tuple, dict, Any, set[int]]] = []
+        self.before: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        kwargs = kwargs or {}
+        written = [
+            value
+            for argument, value in zip(func._schema.arguments, args, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        if func is torch.ops.aten.native_batch_norm.default:  # its schema keeps its running means silent
+            written += args[3:5]
+        self.before += [(value, value.clone()) for value in written]
+        result = func(*args, **kwargs)
+        made = memory(result) - memory(args, kwargs)
+        self.operations.append((func, args, kwargs, result, made))
+        self.scratch += [t for t in tree_leaves(result) if isinstance(t, Tensor) and memory(t) <= made]
+        return result
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """A capture runs nothing: give back what was written in place."""
+        for tensor, value in reversed(self.before):
+            tensor.copy_(value)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for tensor in self.scratch:
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
+        for func, args, kwargs, result, made in self.operations:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and memory(old) <= made:
+                    old.copy_(new)
+
+
+def recordings() -> Recordings:
+    scratch: list[Tensor] = []
+
+    def capture(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        tape = Tape(scratch)
+        with torch.random.fork_rng([]), tape:
+            result = run()
+        tape.undo()
+        return tape.replay, result
+
+    return Recordings(capture)
+
+
+@pytest.mark.parametrize("phase", ["D", "D with R1", "G", "G with path length"])
+@pytest.mark.parametrize("arch", ["stylegan", "dcgan"])
+def test_a_replay_depends_on_its_inputs_alone(arch: str, phase: str):
+    """Against the phase itself, on fresh numbers each time, whose tensors are overwritten after the call and
+    never touched again."""
+    recorded: dict[str, Recording] = {}
+    given: list[Tensor] = []
+    ours, theirs = tiny(arch, torch.float32), tiny(arch, torch.float32)
+    for net in itertools.chain(ours, theirs):
+        if isinstance(net, dcgan.Discriminator):
+            net.instance_noise = 0.1  # drawn inside the phase
+
+    def by_recording(function):
+        recording = recorded.setdefault("", Recording(function, recordings()))
+
+        def call(*args, **kwargs):
+            recording.function = partial(function, **kwargs)
+            result = recording(*args)
+            given.extend(a.fill_(float("nan")) for a in args if isinstance(a, Tensor))
+            return result
+
+        return call
+
+    for seed in range(4):
+        torch.manual_seed(seed)
+        expected = phases(arch)[phase](lambda f: f, *theirs, torch.float32, seed)
+        torch.manual_seed(seed)
+        result = phases(arch)[phase](by_recording, *ours, torch.float32, seed)
+        pairs = zip(tree_leaves(result), tree_leaves(expected), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs), f"call {seed}"
+        for mine, other in zip(ours, theirs, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine.buffers(), other.buffers(), strict=True))
+        assert all(t.isnan().all() for t in given)
+    assert recorded[""].replay is not None
+
+
+def test_results_last_until_the_next_replay_of_any_recording():
+    """They are the recording's own memory, and the pool's."""
+    shared = recordings()
+    double = Recording(lambda x: 2 * x, shared)
+    triple = Recording(lambda x: 3 * x, shared)
+    for recording in (double, triple):
+        recording(torch.ones(2))
+    first = double(torch.ones(2))
+    assert first.tolist() == [2, 2]
+    assert double(torch.full([2], 5.0)) is first and first.tolist() == [10, 10]
+    assert triple(torch.ones(2)).tolist() == [3, 3]
+    assert first.isnan().all()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda x: x * x.sum().item(),
+        lambda x: x * (2 if x[0] > 1 else 3),
+        lambda x: torch.from_numpy(x.numpy() * 2) + x,
+    ],
+    ids=["item", "branch", "numpy"],
+)
+def test_the_tape_shows_what_a_replay_cannot_repeat(fault: Callable[[Tensor], Tensor]):
+    recording = Recording(fault, recordings())
+    for value in (1.0, 1.0):
+        assert recording(torch.full([2], value)).equal(fault(torch.full([2], value)))
+    assert not recording(torch.full([2], 5.0)).equal(fault(torch.full([2], 5.0)))
+
+
+def test_other_arguments_than_the_recorded_ones_are_refused():
+    recording = Recording(lambda x, gain: gain * x, recordings())
+    for _ in range(2):
+        recording(torch.ones(2), 3.0)
+    with pytest.raises(ValueError, match=r"argument 1 is a constant of the recording, 3.0: got 4.0"):
+        recording(torch.ones(2), 4.0)
+    with pytest.raises(ValueError, match=r"argument 0 was recorded as torch.float32 \[2\]: got .* \[1\]"):
+        recording(torch.ones(1), 3.0)
+    with pytest.raises(ValueError, match=r"got torch.float64 \[2\]"):
+        recording(torch.ones(2).double(), 3.0)
+
+
+def test_a_failed_capture_is_one_warning():
+    """Training goes on without any recording, those made before included."""
+    fail = False
+
+    def capture(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        if fail:
+            raise RuntimeError(
+                "operation not permitted when stream is capturing\nCUDA kernel errors might be"
+            )
+        return whole.capture(run)
+
+    whole, shared = recordings(), Recordings(capture)
+    before, after = (Recording(lambda x: 2 * x, shared) for _ in range(2))
+    for _ in range(2):
+        kept = before(torch.ones(2))
+    fail = True
+    after(torch.ones(2))
+    message = r"CUDA graphs are off .*: RuntimeError: operation not permitted when stream is capturing \(--no"
+    with pytest.warns(RuntimeWarning, match=message) as caught:
+        assert after(torch.full([2], 4.0)).tolist() == [8, 8]
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert after(torch.ones(2)).tolist() == [2, 2]
+        assert before(torch.full([2], 3.0)).tolist() == [6, 6] and kept.tolist() == [2, 2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py makes a capture fail on the device")
+def test_a_capture_without_a_device_is_one_warning():
+    recording = Recording(lambda x: 2 * x, Recordings(CudaCapture(torch.device("cuda"))))
+    assert recording(torch.ones(2)).tolist() == [2, 2]
+    with pytest.warns(RuntimeWarning, match=r"CUDA graphs are off .*--no-cuda-graphs"):
+        assert recording(torch.ones(2)).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("arch", ["stylegan", "dcgan"])
+def test_training_by_replay_is_training(arch: str):
+    """All four phases among each other, bit for bit: optimizers, running means and the log use a phase's
+    results before the next phase overwrites them."""
+    size = {
+        "stylegan": {"channel_base": 64, "channel_max": 8, "mbstd_group": 2},
+        "dcgan": {"ngf": 4, "ndf": 4},
+    }
+    options: dict[str, Any] = {"resolution": 8, "batch": 4, "z_dim": 6, "precision": "fp32", "device": "cpu"}
+    options |= {"r1": 1.0, "r1_every": 3, "pl": 1.0, "pl_every": 2}
+    config = make_config(arch, **options, **size[arch])
+    plain, replayed = Engine(config, CPU), Engine(config, CPU)
+    shared = recordings()
+    all_phases = (replayed.d, replayed.d_r1, replayed.g, replayed.g_path)
+    for phase in all_phases:
+        phase.recordings = shared
+    for step in range(9):
+        real = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+        for engine in (plain, replayed):
+            engine.step(real)
+        expected = plain.state()
+        assert all(torch.equal(value, expected[name]) for name, value in replayed.state().items()), step
+    assert all(phase.recording and phase.recording.replay for phase in all_phases)
+
+
+def test_a_compiled_phase_is_recorded_anew():
+    """What a rare phase recorded before it was compiled is let go."""
+    engine = Engine(make_config("dcgan", device="cpu", precision="fp32", resolution=8, ngf=4, ndf=4), CPU)
+    phase = engine.g
+    phase.recordings = recordings()
+    latents = engine.latents(4)
+    for _ in range(2):
+        phase(0, engine.G, engine.D, *latents)
+    eager = phase.recording
+    phase.compiled = lambda *args: phase.function(*args)
+    phase(1, engine.G, engine.D, *latents)
+    assert eager is not None and eager.replay is not None
+    assert phase.recording is not eager and phase.recording is not None and phase.recording.replay is None
+    phase(2, engine.G, engine.D, *latents)
+    assert phase.recording.function is phase.compiled and phase.recording.replay is not None
