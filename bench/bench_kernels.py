@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.operations import NETWORKS, Call, calls
 from fastgan.config import make_config, resolve_device
 from fastgan.kernels import dispatch
+from fastgan.operations import NETWORKS, Call, calls
 
 CONFIG, DEVICE = resolve_device(make_config("dcgan"))
 NETWORKS_HERE = ["smoke", "smoke-dcgan", "stylegan64", "dcgan64", "normalised"]

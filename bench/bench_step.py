@@ -1,62 +1,36 @@
-"""A whole training iteration of each architecture: pytest bench/ --benchmark-only
+"""A whole training iteration of each architecture: pytest bench/bench_step.py --benchmark-only
 
-Ids say arch, resolution, batch, precision and mode. Lazy penalties carry their share: a round is one period
-of them (16 steps of StyleGAN2). Compilation happens before the clock starts.
+A round is one period of the lazy penalties, so that they carry their share. Compilation happens before the
+clock starts; rare phases run eagerly, as they do in the first thousands of steps.
 """
-
-import resource
 
 import pytest
 import torch
 
-from fastgan.config import Config, make_config, resolve_device
+from bench.settings import configs, limit_of_step, rounds, speed
+from fastgan.config import Config
 from fastgan.engine import Engine
-
-CASES = {
-    # what the default commands train, and small versions of them for a quick look
-    "smoke-stylegan": (
-        "stylegan",
-        {"resolution": 8, "batch": 8, "z_dim": 16, "w_dim": 16, "channel_base": 128},
-    ),
-    "smoke-dcgan": ("dcgan", {"resolution": 8, "batch": 8, "ngf": 8, "ndf": 8}),
-    "default-stylegan": ("stylegan", {}),
-    "default-dcgan": ("dcgan", {}),
-}
-
-
-def named(case: str, config: Config) -> str:
-    mode = "compiled" if config.compile else "eager"
-    return f"{case}-{config.resolution}px-batch{config.batch}-{config.precision}-{mode}"
-
-
-def configs():
-    for case, (arch, options) in CASES.items():
-        for compile in (False, True):
-            if compile and case.startswith("smoke"):
-                continue
-            config, _ = resolve_device(make_config(arch, compile=compile, **options))
-            yield pytest.param(config, id=named(case, config))
+from fastgan.limit import phase_calls
+from fastgan.profile import random_images, timed
 
 
 @pytest.mark.parametrize("config", list(configs()))
 def test_training_iteration(benchmark, config: Config):
-    _, device = resolve_device(config)
-    engine = Engine(config, device)
-    shape = (config.batch, config.channels, config.resolution, config.resolution)
-    real = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-    real = real.contiguous(memory_format=torch.channels_last)
-    period = config.r1_every if config.r1 > 0 else 4
+    device = torch.device(config.device)
+    engine, real = Engine(config, device), random_images(config, device)
+    calls = phase_calls(engine, real)
+    period = round(1 / min(call.share for call in calls))
 
     def steps():
         for _ in range(period):
             engine.step(real)
         engine.take_losses()  # waits for the device
 
-    benchmark.pedantic(steps, rounds=5, warmup_rounds=1)
-    seconds = benchmark.stats.stats.median / (period * config.batch)
-    benchmark.extra_info.update(
-        images_per_second=round(1 / seconds, 1),
-        seconds_per_kimg=round(1000 * seconds, 3),
-        peak_memory_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
-    )
+    engine.step(real)  # both penalties
+    engine.step(real)  # neither: compiles D and G
+    a_round = period * timed(lambda: engine.step(real), device, 0.0)
+    benchmark.pedantic(steps, rounds=rounds(benchmark, min(max(int(60 / a_round), 2), 7)))
+    seconds = benchmark.stats.stats.median / period
+    benchmark.extra_info.update(speed(config, seconds))
+    benchmark.extra_info.update(fraction_of_limit=round(limit_of_step(config, calls) / seconds, 3))
     assert all(torch.isfinite(p).all() for p in engine.G.parameters())

@@ -2,9 +2,14 @@
 
 import sys
 
-from fastgan import generate, train
+from fastgan import doctor, generate, profile, train
 
-COMMANDS = {"train": train.main, "generate": generate.main}
+COMMANDS = {
+    "train": train.main,
+    "generate": generate.main,
+    "profile": profile.main,
+    "doctor": doctor.main,
+}
 
 
 def main() -> int:

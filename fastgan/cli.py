@@ -1,16 +1,39 @@
 """What the commands share: bad usage is one line on stderr and exit code 2."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from fastgan.config import UsageError
+from fastgan.config import PRESETS, Config, UsageError, applies, flag
+
+Prose = argparse.RawDescriptionHelpFormatter  # for a description that is a module's docstring
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; {self.prog} --help lists the options")
+
+    def add_config(self) -> None:
+        """--arch and a flag for every field of Config; a flag that is not given leaves no attribute."""
+        self.add_argument(
+            "--arch", required=True, metavar="ARCH", help=f"what to train: {', '.join(PRESETS)}"
+        )
+        for field in dataclasses.fields(Config):
+            if field.name == "arch":
+                continue
+            values = {arch: preset.get(field.name, field.default) for arch, preset in PRESETS.items()}
+            shown = {str(v) for arch, v in values.items() if applies(field, arch)}
+            default = shown.pop() if len(shown) == 1 else "by --arch"
+            options: dict[str, Any] = {"help": f"{field.metadata['help']} (default: {default})"}
+            if field.type is bool:
+                options["action"] = argparse.BooleanOptionalAction
+            else:
+                options["type"] = field.type
+                options["metavar"] = field.name.upper() if not field.metadata["choices"] else None
+                options["choices"] = field.metadata["choices"]
+            self.add_argument(flag(field.name), default=argparse.SUPPRESS, **options)
 
 
 def run(body: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:

@@ -1,7 +1,5 @@
 """python -m fastgan.train: flags to a configuration, then the loop."""
 
-import argparse
-import dataclasses
 import resource
 import signal
 import sys
@@ -17,7 +15,7 @@ from tqdm import tqdm
 
 from fastgan import cli, precompile
 from fastgan.checkpoint import load_checkpoint, save_checkpoint
-from fastgan.config import PRESETS, Config, applies, flag, make_config, resolve_device
+from fastgan.config import Config, make_config, resolve_device
 from fastgan.data import Feed, load_images
 from fastgan.engine import Engine
 from fastgan.images import grid, save_image, to_uint8
@@ -30,24 +28,9 @@ def parser() -> cli.Parser:
     p = cli.Parser(
         prog="fastgan train",
         description="Train a GAN. Rerun the same command with the same --run-dir to resume it.",
-        argument_default=argparse.SUPPRESS,
     )
-    p.add_argument("--arch", required=True, metavar="ARCH", help=f"what to train: {', '.join(PRESETS)}")
     p.add_argument("--run-dir", type=Path, help="folder of the run (default: a new one under runs/)")
-    for field in dataclasses.fields(Config):
-        if field.name == "arch":
-            continue
-        values = {arch: preset.get(field.name, field.default) for arch, preset in PRESETS.items()}
-        shown = {str(v) for arch, v in values.items() if applies(field, arch)}
-        default = shown.pop() if len(shown) == 1 else "by --arch"
-        options: dict[str, Any] = {"help": f"{field.metadata['help']} (default: {default})"}
-        if field.type is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["type"] = field.type
-            options["metavar"] = field.name.upper() if not field.metadata["choices"] else None
-            options["choices"] = field.metadata["choices"]
-        p.add_argument(flag(field.name), **options)
+    p.add_config()
     return p
 
 
@@ -57,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     given = vars(parser().parse_args(argv))
-    run_dir = given.pop("run_dir", None)
+    run_dir = given.pop("run_dir")
     config, device = resolve_device(make_config(**given))
     return train(config, device, run_dir or new_run_dir(config))
 

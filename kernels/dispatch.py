@@ -15,6 +15,7 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import os
 import time
 import warnings
@@ -242,6 +243,18 @@ def disagreement(candidate: Callable, reference: Callable, args: Sequence[Any], 
         if not error <= allowed:
             return f"result {i}: error {error:.3g}, allowed {allowed:.3g}, largest value {scale:.3g}"
     return None
+
+
+def deviation(run: Callable, args: Sequence[Any], order: int = 2) -> float:
+    """The largest |result - exact| / |exact| (2-norms) of values and derivatives up to `order`.
+
+    Exact is float64. A result that is exactly zero must be zero; NaN counts as infinite.
+    """
+    worst = 0.0
+    for r, e in zip(_derivatives(run, args, order), _derivatives(run, _double(args), order), strict=True):
+        error = ((r - e).norm() / e.norm().clamp_min(1e-30)).item()
+        worst = max(worst, math.inf if math.isnan(error) else error)
+    return worst
 
 
 class Op:

@@ -10,11 +10,11 @@ import warnings
 import pytest
 import torch
 
-from bench.operations import NETWORKS, calls
 from fastgan.compiled import CudaCapture, Recording, Recordings
 from fastgan.config import make_config
 from fastgan.engine import Engine
 from fastgan.kernels import dispatch
+from fastgan.operations import NETWORKS, calls
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

@@ -1,0 +1,36 @@
+"""Inference, latents to images on the device: pytest bench/bench_generate.py --benchmark-only
+
+`extra_info` has the fraction of the limit (fastgan/limit.py) of the generator's forward pass.
+"""
+
+import pytest
+import torch
+
+from bench.settings import configs, rounds, speed
+from fastgan.compiled import Phase
+from fastgan.config import Config, build_generator
+from fastgan.engine import place
+from fastgan.limit import PhaseCall, limit, synchronize
+
+
+@pytest.mark.parametrize("config", list(configs()))
+def test_generating(benchmark, config: Config):
+    device = torch.device(config.device)
+    G = build_generator(config).eval().requires_grad_(False)
+    place(G, device)
+    z = torch.randn(config.batch, config.z_dim, device=device)
+    phase = Phase("generating", lambda G, z: G(z), device, config.compile)
+    call = PhaseCall(phase, (G, z), 1.0)
+
+    def run():
+        with torch.no_grad():
+            y = call()
+        synchronize(device)
+        return y
+
+    run()  # compiles
+    images = benchmark.pedantic(run, rounds=rounds(benchmark, 15), warmup_rounds=1)
+    seconds = benchmark.stats.stats.median
+    benchmark.extra_info.update(speed(config, seconds))
+    benchmark.extra_info.update(fraction_of_limit=round(limit(call, config.dtype) / seconds, 3))
+    assert images.shape == (config.batch, config.channels, config.resolution, config.resolution)

@@ -1,0 +1,183 @@
+"""The limit of a phase: the time that its convolutions and matrix products alone need.
+
+The phase runs once on the meta device, where every product is recorded with its shapes: forward, backward and
+double backward. Each different one is then timed by itself, in every memory layout and dtype that the run's
+precision allows, and the best times are added up, each as often as the product occurs. The limit over the
+phase's own time is its fraction of the limit: 1 is a phase that does nothing else and does that at its best.
+
+FIR filters (depthwise convolutions) are not counted: they are traffic, which fusion can hide.
+"""
+
+import copy
+import functools
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastgan.compiled import Phase
+from fastgan.engine import Engine
+
+aten = torch.ops.aten
+CONVOLUTIONS = {aten.convolution: 1, aten.convolution_backward: 2}  # position of the weight
+MATRIX_PRODUCTS = {aten.mm: 1, aten.addmm: 2, aten.bmm: 1, aten.baddbmm: 2}  # of the second factor
+META = torch.device("meta")
+
+
+class PhaseCall(NamedTuple):
+    """A phase with arguments of the run's shapes; `share` is how often it runs in a step, at most 1."""
+
+    phase: Phase
+    args: tuple
+    share: float
+
+    def __call__(self) -> Any:
+        """Run it as late steps do: compiled, if the run compiles."""
+        return self.phase(self.phase.eager_steps, *self.args)
+
+    def on_meta(self) -> Callable[[], Any]:
+        """The eager phase with its arguments on the meta device: shapes alone, no computation."""
+        return functools.partial(self.phase.function, *(_to_meta(a) for a in self.args))
+
+
+def _to_meta(x: nn.Module | Tensor) -> nn.Module | Tensor:
+    return copy.deepcopy(x).to(META) if isinstance(x, nn.Module) else x.to(META)
+
+
+def phase_calls(engine: Engine, real: Tensor) -> list[PhaseCall]:
+    """The phases that `engine.step` runs on real uint8 [batch, C, R, R]; shares of D and of G add up to 1."""
+    c, nets = engine.config, (engine.G, engine.D)
+    d_args = (*nets, real, *engine.latents(c.batch))
+    g_args = (*nets, *engine.latents(c.batch))
+    count = c.batch // c.pl_batch_shrink
+    noise = torch.randn(count, *real.shape[1:], device=engine.device)
+    path_args = (*g_args, *engine.latents(count), noise, engine.pl_mean)
+    r1 = 1 / c.r1_every if c.r1 > 0 else 0.0
+    pl = 1 / c.pl_every if c.pl > 0 else 0.0
+    calls = (
+        PhaseCall(engine.d, d_args, 1 - r1),
+        PhaseCall(engine.d_r1, d_args, r1),
+        PhaseCall(engine.g, g_args, 1 - pl),
+        PhaseCall(engine.g_path, path_args, pl),
+    )
+    return [call for call in calls if call.share > 0]
+
+
+class Shape(tuple):
+    """Stands for a tensor of this shape among a product's arguments."""
+
+
+class Product(NamedTuple):
+    """A convolution, a convolution's gradients or a matrix product; tensors are given by their shapes."""
+
+    op: torch._ops.OpOverload
+    args: tuple
+
+
+class Recorder(TorchDispatchMode):
+    """Counts in `products` the different products that run under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: Counter[Product] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in MATRIX_PRODUCTS or (
+            func.overloadpacket in CONVOLUTIONS and not _depthwise(args[CONVOLUTIONS[func.overloadpacket]])
+        ):
+            self.products[Product(func, tuple(_hashable(a) for a in args))] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _depthwise(weight: Tensor) -> bool:
+    return weight.shape[1] == 1 and weight.shape[0] > 1
+
+
+def _hashable(a: Any) -> Any:
+    if isinstance(a, Tensor):
+        return Shape(a.shape)
+    return tuple(a) if isinstance(a, list) else a
+
+
+def products(run: Callable[[], Any]) -> Counter[Product]:
+    """How often `run` computes each product. Tensors must be outside inference mode."""
+    with Recorder() as recorder:
+        run()
+    return recorder.products
+
+
+class Form(NamedTuple):
+    """How a product's tensors lie: `last` is channels_last, or a second factor that is stored transposed."""
+
+    dtype: torch.dtype
+    last: bool
+
+
+def prepared(product: Product, form: Form, device: torch.device) -> Callable[[], Any]:
+    """The product on random tensors of this form, ready to be timed."""
+    second = MATRIX_PRODUCTS.get(product.op.overloadpacket)
+    args: list[Any] = []
+    for i, a in enumerate(product.args):
+        if not isinstance(a, Shape):
+            args.append(a)
+            continue
+        x = torch.randn(a, device=device, dtype=form.dtype)
+        if form.last and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        elif form.last and i == second:
+            x = x.mT.contiguous().mT
+        args.append(x)
+    return lambda: product.op(*args)
+
+
+def form_time(product: Product, form: Form, device: torch.device, seconds: float) -> float:
+    """Seconds of one run, the median of bursts that together take about `seconds` and at least three runs.
+
+    On a GPU a burst is ten runs, so that the wait at its end weighs little.
+    """
+    run = prepared(product, form, device)
+    burst = 10 if device.type == "cuda" else 1
+
+    def once() -> float:
+        start = time.perf_counter()
+        for _ in range(burst):
+            run()
+        synchronize(device)
+        return (time.perf_counter() - start) / burst
+
+    once()  # picks an algorithm, fills caches
+    times = [once()]
+    while len(times) < 3 or (sum(times) * burst < seconds and len(times) < 50):
+        times.append(once())
+    return statistics.median(times)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@functools.cache
+def best_form(product: Product, dtypes: tuple[torch.dtype, ...], device: torch.device) -> Form:
+    """The fastest of all forms, measured once in a process."""
+    forms = [Form(dtype, last) for dtype in dtypes for last in (False, True)]
+    return min(forms, key=lambda form: form_time(product, form, device, 0.005))
+
+
+def limit(call: PhaseCall, precision: torch.dtype) -> float:
+    """Seconds that the products of one run of the phase need: the sum of count times best time, measured now.
+
+    `precision` is the run's: fp32 products may always be fp32, and bf16 in a bf16 run.
+    """
+    dtypes = tuple(dict.fromkeys((torch.float32, precision)))
+    device = call.phase.device
+    return sum(
+        count * form_time(product, best_form(product, dtypes, device), device, 0.05)
+        for product, count in products(call.on_meta()).items()
+    )

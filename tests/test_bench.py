@@ -1,0 +1,97 @@
+"""bench.compare, and what the benchmarks measure on a device."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import compare, settings
+
+
+def results(path: Path, **medians: tuple[float, float]) -> str:
+    """A file of (median, iqr) a benchmark, nine rounds each."""
+    found = [
+        {"fullname": name, "stats": {"median": median, "iqr": iqr, "rounds": 9, "mean": 0}}
+        for name, (median, iqr) in medians.items()
+    ]
+    path.write_text(json.dumps({"benchmarks": found}))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "word"),
+    [
+        ((1.0, 0.01), (1.2, 0.01), "slower"),
+        ((1.2, 0.01), (1.0, 0.01), "faster"),
+        ((1.0, 0.01), (1.04, 0.001), ""),  # within the threshold
+        ((1.0, 0.3), (1.2, 0.3), ""),  # within the noise: notches of 0.157 overlap
+        ((1.0, 0.18), (1.2, 0.18), "slower"),  # notches of 0.094 do not
+        ((1.0, 0.0), (1.0, 0.0), ""),
+    ],
+)
+def test_a_regression_lies_beyond_the_threshold_and_the_noise(
+    a: tuple[float, float],
+    b: tuple[float, float],
+    word: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    files = [results(tmp_path / "a", step=a, gone=a), results(tmp_path / "b", step=b, new=b)]
+    assert compare.main(files) == (word == "slower")
+    first, last = capsys.readouterr().out.splitlines()
+    assert float(first.split()[0]) == pytest.approx(b[0] / a[0], abs=0.001)
+    assert first.split()[-2] == (word or "s") and first.endswith("step")
+    assert last == f"1 compared, {int(word == 'slower')} slower, 2 in one file only"
+
+
+def test_the_threshold_can_be_chosen(tmp_path: Path):
+    files = [results(tmp_path / "a", step=(1.0, 0.0)), results(tmp_path / "b", step=(1.04, 0.0))]
+    assert compare.main(files) == 0
+    assert compare.main([*files, "--threshold", "0.01"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "cannot be read"),
+        ("{", "no result of pytest"),
+        ("[]", "no result of pytest"),
+        ('{"benchmarks": [{"fullname": "x"}]}', "no result of pytest"),
+        ('{"benchmarks": []}', "no benchmark in common"),
+    ],
+)
+def test_bad_files_are_one_line(
+    text: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    good, bad = results(tmp_path / "a", step=(1.0, 0.1)), tmp_path / "b"
+    if text is not None:
+        bad.write_text(text)
+    assert compare.main([good, str(bad)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and said in err
+
+
+def test_ids_say_arch_resolution_batch_precision_and_mode():
+    ids = [case.id for case in settings.configs()]
+    assert len(ids) == len(set(ids))
+    for case in settings.configs():
+        (config,) = case.values
+        mode = "compiled" if config.compile else "eager"
+        parts = case.id.split("-")
+        assert config.arch in parts and mode in parts and config.precision in parts
+        assert f"{config.resolution}px" in parts and f"batch{config.batch}" in parts
+
+
+@pytest.mark.parametrize("resolution", [128, 256, 512, 1024])
+def test_gpu_settings_are_the_published_ones(resolution: int):
+    arch, options, modes = settings.GPU[f"stylegan-{resolution}"]
+    assert (arch, options["resolution"], modes) == ("stylegan", resolution, (False, True))
+    assert options["channel_base"] == 32768 and options["channel_max"] == 512
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in sorted(Path(settings.__file__).parent.glob("bench_*.py"))], ids=lambda f: f.stem
+)
+def test_every_file_has_a_smoke_case(file: Path):
+    text = file.read_text()
+    assert "configs()" in text or '"smoke"' in text
