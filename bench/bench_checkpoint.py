@@ -12,7 +12,8 @@ from bench.settings import configs, rounds
 from fastgan.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from fastgan.config import Config
 from fastgan.engine import Engine
-from fastgan.profile import random_images, timed
+from fastgan.limit import random_images
+from fastgan.profile import timed
 
 EAGER = [case for case in configs() if not case.values[0].compile]
 

@@ -12,8 +12,7 @@ import torch
 from bench.settings import configs, rounds, speed
 from fastgan.config import Config
 from fastgan.engine import Engine
-from fastgan.limit import limit, phase_calls, synchronize
-from fastgan.profile import random_images
+from fastgan.limit import limit, phase_calls, random_images, synchronize
 
 PHASES = ("D", "D with R1", "G", "G with path length")
 

@@ -10,8 +10,8 @@ import torch
 from bench.settings import configs, limit_of_step, rounds, speed
 from fastgan.config import Config
 from fastgan.engine import Engine
-from fastgan.limit import phase_calls
-from fastgan.profile import random_images, timed
+from fastgan.limit import phase_calls, random_images
+from fastgan.profile import timed
 
 
 @pytest.mark.parametrize("config", list(configs()))

@@ -30,7 +30,7 @@ CPU: dict[str, Case] = {
     "dcgan": ("dcgan", {"resolution": 64, "batch": 64, "ngf": 64, "ndf": 64}, BOTH),
 }
 GPU: dict[str, Case] = {
-    # The settings behind StyleGAN3's published 6.79, 12.53, 41.06 and 90.39 s/kimg on one A100.
+    # The networks behind StyleGAN3's published 6.79, 12.53, 41.06 and 90.39 s/kimg on an A100; our batches.
     "stylegan-128": ("stylegan", {**FULL, "resolution": 128, "batch": 32}, BOTH),
     "stylegan-256": ("stylegan", {**FULL, "resolution": 256, "batch": 32}, BOTH),
     "stylegan-512": ("stylegan", {**FULL, "resolution": 512, "batch": 16}, BOTH),
@@ -51,6 +51,8 @@ def configs() -> Iterator:
 
 def described(config: Config) -> str:
     mode = "compiled" if config.compile else "eager"
+    if config.cuda_graphs and config.device.startswith("cuda"):
+        mode += "-graph"
     return f"{config.resolution}px-batch{config.batch}-{config.precision}-{mode}"
 
 

@@ -5,9 +5,7 @@ seen), so that a run stopped after any step and resumed is the run that was neve
 """
 
 import copy
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,11 +43,17 @@ class Engine:
             compile=config.compile,
             recordings=Recordings(CudaCapture(device)) if graphs else None,
         )
-        functions, c = phase_functions(config), config
-        self.d = phase("D", functions["D"])
-        self.d_r1 = phase("D with R1", functions["D with R1"], every=c.r1_every)
-        self.g = phase("G", functions["G"])
-        self.g_path = phase("G with path length", functions["G with path length"], every=c.pl_every)
+        c = config
+        self.d = phase("D", partial(d_phase, loss=c.loss))
+        self.d_r1 = phase(
+            "D with R1", partial(d_phase, loss=c.loss, r1_weight=c.r1 / 2 * c.r1_every), every=c.r1_every
+        )
+        self.g = phase("G", partial(g_phase, loss=c.loss))
+        self.g_path = phase(
+            "G with path length",
+            partial(g_path_phase, loss=c.loss, pl_weight=c.pl * c.pl_every, pl_decay=c.pl_decay),
+            every=c.pl_every,
+        )
 
     def step(self, real: Tensor) -> None:
         """One update of D, one of G, one of the moving average: real uint8 [batch, C, R, R]."""
@@ -164,19 +168,6 @@ class Engine:
             for name, tensor in state.items()
             if name.startswith("losses.")
         }
-
-
-def phase_functions(config: Config) -> dict[str, Callable[..., Any]]:
-    """The phases of step.py by name, with the weights of `config`, whether its run has penalties or not."""
-    c = config
-    return {
-        "D": partial(d_phase, loss=c.loss),
-        "D with R1": partial(d_phase, loss=c.loss, r1_weight=c.r1 / 2 * c.r1_every),
-        "G": partial(g_phase, loss=c.loss),
-        "G with path length": partial(
-            g_path_phase, loss=c.loss, pl_weight=c.pl * c.pl_every, pl_decay=c.pl_decay
-        ),
-    }
 
 
 def set_precision(config: Config, device: torch.device) -> None:

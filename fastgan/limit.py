@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgan.compiled import Phase
+from fastgan.config import Config
 from fastgan.engine import Engine
 
 aten = torch.ops.aten
@@ -42,11 +43,21 @@ class PhaseCall(NamedTuple):
 
     def on_meta(self) -> Callable[[], Any]:
         """The eager phase with its arguments on the meta device: shapes alone, no computation."""
-        return functools.partial(self.phase.function, *(_to_meta(a) for a in self.args))
+        return functools.partial(self.phase.function, *self.meta_args())
+
+    def meta_args(self) -> tuple:
+        return tuple(_to_meta(a) for a in self.args)
 
 
 def _to_meta(x: nn.Module | Tensor) -> nn.Module | Tensor:
     return copy.deepcopy(x).to(META) if isinstance(x, nn.Module) else x.to(META)
+
+
+def random_images(config: Config, device: torch.device) -> Tensor:
+    """uint8 [batch, C, R, R] in channels_last, as the feed gives them."""
+    shape = (config.batch, config.channels, config.resolution, config.resolution)
+    real = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    return real.contiguous(memory_format=torch.channels_last)
 
 
 def phase_calls(engine: Engine, real: Tensor) -> list[PhaseCall]:

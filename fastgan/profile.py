@@ -18,7 +18,7 @@ from fastgan import cli, doctor, estimate, nvml
 from fastgan.config import Config, UsageError, make_config, resolve_device
 from fastgan.data.feed import fits
 from fastgan.engine import Engine
-from fastgan.limit import PhaseCall, limit, phase_calls, synchronize
+from fastgan.limit import PhaseCall, limit, phase_calls, random_images, synchronize
 from fastgan.train import peak_memory_mib
 
 TOP = 10
@@ -68,13 +68,6 @@ def _main(argv: Sequence[str] | None) -> int:
     if out:
         out.write_text(json.dumps({"config": dataclasses.asdict(config), **figures}, indent=1))
     return 0
-
-
-def random_images(config: Config, device: torch.device) -> Tensor:
-    """uint8 [batch, C, R, R] in channels_last, as the feed gives them."""
-    shape = (config.batch, config.channels, config.resolution, config.resolution)
-    real = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-    return real.contiguous(memory_format=torch.channels_last)
 
 
 def timed(run: Callable[[], Any], device: torch.device, seconds: float) -> float:

@@ -1,12 +1,16 @@
 """How many kernels a phase launches and how many bytes they move through memory, unfused and fused.
 
+    python -m fastgan.traffic --arch stylegan [options of train]
+
 What is left besides convolutions and matrix products is bound by memory, so its bytes are its cost. Unfused,
 every aten operation reads its operands and writes its results once. Fused, every node that Inductor schedules
 for the CPU does: what one node passes to itself stays in registers. Both are counted from shapes alone. An
 aten operation that is fused already, as BatchNorm is, reads and writes once in the unfused count too.
 """
 
-from collections.abc import Callable
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +19,10 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastgan.config import Config, build_networks
-from fastgan.engine import phase_functions, place
+from fastgan import cli
+from fastgan.config import Config, make_config, resolve_device
+from fastgan.engine import Engine
+from fastgan.limit import phase_calls, random_images
 
 PRODUCTS = {"convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm"}
 WRITES_ONLY = {"copy_", "fill_", "zero_"}
@@ -26,28 +32,6 @@ class Traffic(NamedTuple):
     products: int  # launches of convolutions and matrix products
     launches: int  # of all other kernels
     bytes: int  # that those others read and write
-
-
-def phase_calls(config: Config, device: torch.device) -> dict[str, tuple[Callable[..., Any], tuple]]:
-    """name -> (phase, arguments) at the size of `config`, on new networks and fresh random numbers."""
-    c, side = config, config.resolution
-    with torch.device(device):
-        G, D = build_networks(config)
-        place(G, device)
-        place(D, device)
-        real = torch.randint(0, 256, (c.batch, side, side, c.channels), dtype=torch.uint8).permute(0, 3, 1, 2)
-        fewer = c.batch // c.pl_batch_shrink
-        latents, others = (
-            (torch.randn(count, G.normals), torch.rand(count, G.uniforms)) for count in (c.batch, fewer)
-        )
-        path = (*others, torch.randn(fewer, c.channels, side, side), torch.zeros([]))
-    arguments = {
-        "D": (G, D, real, *latents),
-        "D with R1": (G, D, real, *latents),
-        "G": (G, D, *latents),
-        "G with path length": (G, D, *latents, *path),
-    }
-    return {name: (function, arguments[name]) for name, function in phase_functions(c).items()}
 
 
 def unfused(function: Callable[..., Any], *args: Any) -> Traffic:
@@ -86,15 +70,14 @@ def fused(function: Callable[..., Any], *args: Any) -> Traffic:
 
 def table(config: Config) -> str:
     """Both counts for each phase that `config` runs."""
-    used = {"D": True, "D with R1": config.r1 > 0, "G": True, "G with path length": config.pl > 0}
     row = "{:18}  {:>8}  {:>9} {:>7}  {:>9} {:>7}".format
     lines = [row("", "products", "launches", "fused", "MB moved", "fused")]
-    meta, cpu = (phase_calls(config, torch.device(name)) for name in ("meta", "cpu"))
-    for name in filter(used.get, used):
-        (function, on_meta), (_, on_cpu) = meta[name], cpu[name]
-        a, b = unfused(function, *on_meta), fused(function, *on_cpu)
+    cpu = torch.device("cpu")
+    engine = Engine(dataclasses.replace(config, compile=False), cpu)
+    for call in phase_calls(engine, random_images(config, cpu)):
+        a, b = unfused(call.on_meta()), fused(call.phase.function, *call.args)
         moved = (f"{t.bytes / 1e6:.0f}" for t in (a, b))
-        lines.append(row(name, a.products, a.launches, b.launches, *moved))
+        lines.append(row(call.phase.name, a.products, a.launches, b.launches, *moved))
     return "\n".join(lines)
 
 
@@ -131,3 +114,19 @@ def _footprint(t: Tensor) -> int:
     for size, stride in zip(t.shape, t.stride(), strict=True):
         count *= size if stride or not size else 1
     return count
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(_main, argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    p = cli.Parser(prog="python -m fastgan.traffic", description="Count what fusion saves in each phase.")
+    p.add_config()
+    config, _ = resolve_device(make_config(**vars(p.parse_args(argv))))
+    print(table(config))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

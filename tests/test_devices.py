@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastgan.config import Config, build_networks, make_config
-from fastgan.engine import set_precision
-from fastgan.traffic import phase_calls
+from fastgan.engine import Engine, set_precision
+from fastgan.limit import PhaseCall, phase_calls, random_images
 
 aten = torch.ops.aten
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -27,6 +27,11 @@ PHASES = ("D", "D with R1", "G", "G with path length")
 
 def config(arch: str, precision: str = "bf16") -> Config:
     return make_config(arch, device="cpu", precision=precision, r1=1.0, pl=1.0, **SIZES[arch])
+
+
+def phase_call(config: Config, name: str) -> PhaseCall:
+    calls = phase_calls(Engine(config, CPU), random_images(config, CPU))
+    return next(call for call in calls if call.phase.name == name)
 
 
 class OneDevice(TorchDispatchMode):
@@ -74,7 +79,8 @@ def is_tensor(value: Any) -> bool:
 @pytest.mark.parametrize("arch", SIZES)
 def test_a_phase_stays_on_its_device(arch: str, phase: str, precision: str):
     """Two steps: the same operations on the same shapes."""
-    function, args = phase_calls(config(arch, precision), META)[phase]
+    call = phase_call(config(arch, precision), phase)
+    function, args = call.phase.function, call.meta_args()
     steps = []
     for _ in range(2):
         with OneDevice(META) as mode:
@@ -133,7 +139,8 @@ def cpu_scalar(x: Tensor) -> Tensor:
 )
 def test_a_planted_fault_is_found(fault: Callable[[Tensor], Tensor], message: str):
     """In the middle of a phase: on what D sees."""
-    function, (G, D, *args) = phase_calls(config("dcgan"), META)["D"]
+    call = phase_call(config("dcgan"), "D")
+    function, (G, D, *args) = call.phase.function, call.meta_args()
 
     class Faulty(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from fastgan import traffic
 from fastgan.config import make_config
-from fastgan.traffic import Traffic, fused, phase_calls, unfused
+from fastgan.engine import Engine
+from fastgan.limit import phase_calls, random_images
+from fastgan.traffic import Traffic, fused, unfused
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -56,10 +58,18 @@ def test_operations_in_place():
 def test_fusion_halves_the_bytes(arch: str, phase: str, size: dict[str, Any]):
     """Of all but convolutions and matrix products."""
     config = make_config(arch, device="cpu", precision="bf16", **size)
-    function, on_meta = phase_calls(config, META)[phase]
-    eager, compiled = unfused(function, *on_meta), fused(function, *phase_calls(config, CPU)[phase][1])
+    calls = phase_calls(Engine(config, CPU), random_images(config, CPU))
+    (call,) = (c for c in calls if c.phase.name == phase)
+    eager, compiled = unfused(call.on_meta()), fused(call.phase.function, *call.args)
     assert 0 < compiled.products <= eager.products
     assert 2 * compiled.bytes <= eager.bytes and compiled.launches < eager.launches
+
+
+def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(traffic, "fused", lambda *args: Traffic(1, 2, 3_000_000))
+    assert traffic.main(["--arch", "dcgan", "--batch", "2", "--device", "cpu"]) == 0
+    assert "D with R1" in capsys.readouterr().out
+    assert traffic.main(["--arch", "dcgam"]) == 2
 
 
 def test_table(monkeypatch: pytest.MonkeyPatch):
