@@ -363,8 +363,8 @@ def launch_conv(
     y = _empty(x, c_out, out_h, out_w)
     wide = torch.promote_types(x.dtype, torch.float32)
     if y.numel() == 0:
-        nothing = x.new_full((c_out,), float("nan"), dtype=wide) if stats else None
-        return y, nothing, nothing
+        mean, var = (x.new_full((c_out,), float("nan"), dtype=wide) if stats else None for _ in range(2))
+        return y, mean, var
     if 1 not in w.stride()[:2]:  # channels adjacent: for this product, or for its adjoint's transposed view
         w = w.contiguous(memory_format=torch.channels_last)
     pixels = _cdiv(out_h, up) * _cdiv(out_w, up)

@@ -251,6 +251,16 @@ def test_empty_batch():
     assert x.grad is not None and x.grad.shape == x.shape and w.grad is not None and not w.grad.any()
 
 
+@pytest.mark.parametrize("op", [conv_transpose2d_bn_act, conv2d_bn_act])
+def test_empty_batch_leaves_the_statistics(op):
+    x, w = random(0, 3, 4, 4), random(3, 3, 4, 4)
+    mean, var = torch.zeros(3, dtype=DOUBLE), torch.ones(3, dtype=DOUBLE)
+    y = op(x, w, random(3), random(3), mean, var, impl="triton")
+    assert y.shape[:2] == (0, 3) and not mean.any() and var.eq(1).all()
+    y.sum().backward()
+    assert w.grad is not None and not w.grad.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("up", [1, 2])
 def test_error_is_at_most_twice_the_reference(dtype, up):

@@ -95,6 +95,16 @@ def test_golden_nearest_upsampling(case: Case, impl: str, forced):
     case.check_derivatives(y, inputs)
 
 
+@golden("progan_layers", "equalized_linear")
+@IMPLS
+def test_golden_equalized_linear(case: Case, impl: str):
+    inputs = leaves(case)
+    weight, bias = inputs["param.module.weight"], inputs["param.module.bias"]
+    scale = (2 / weight.shape[1]) ** 0.5 * case.args["lrMul"]  # the constant multiplies the bias too
+    y = bias_act(inputs["x"] @ (weight * scale).t(), bias * scale, impl=impl)
+    case.check_derivatives(y, inputs)
+
+
 @golden("bn_lrelu_fused", "instance_norm_relu")
 @IMPLS
 def test_golden_instance_norm(case: Case, impl: str):
