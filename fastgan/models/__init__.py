@@ -9,7 +9,6 @@ Each has a Generator and a Discriminator. What the engine asks of a Generator:
 
 and of a Discriminator:
 
-    joint_batch         whether its phases show it real and generated images in one batch
     forward(images) -> logits
 """
 
