@@ -5,6 +5,8 @@ seen), so that a run stopped after any step and resumed is the run that was neve
 """
 
 import copy
+import ctypes
+import os
 from functools import partial
 
 import numpy as np
@@ -36,6 +38,8 @@ class Engine:
         self.losses: dict[str, Tensor] = {}  # since the last tick: name -> [sum, count]
 
         set_precision(config, device)
+        if device.type == "cpu":
+            keep_freed_memory()
         graphs = config.cuda_graphs and device.type == "cuda"
         phase = partial(
             Phase,
@@ -181,6 +185,19 @@ def set_precision(config: Config, device: torch.device) -> None:
         tf32 = config.precision != "fp32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = True
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next step.
+
+    It maps every block over 32 MiB anew and gives it back when freed, and then each step pays a page fault for
+    each page again: D and G at 128 pixels, batch 16, took 1.4 times as long. Elsewhere than on glibc: nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:
+        m_trim_threshold, m_mmap_threshold, most = -1, -3, 2**31 - 1  # malloc.h
+        mallopt(m_mmap_threshold, most)
+        mallopt(m_trim_threshold, most)
 
 
 def place(net: torch.nn.Module, device: torch.device) -> None:

@@ -25,6 +25,7 @@ from fastgan.engine import Engine
 from fastgan.limit import phase_calls, random_images
 
 PRODUCTS = {"convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm"}
+PRODUCTS |= {"correlate"}  # a FIR filter, to Inductor a depthwise convolution
 WRITES_ONLY = {"copy_", "fill_", "zero_"}
 
 
