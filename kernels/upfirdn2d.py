@@ -101,12 +101,12 @@ def upfirdn2d_ref(
     f = (f * gain ** (f.ndim / 2)).to(x.dtype)
     if not flip_filter:
         f = f.flip(list(range(f.ndim)))
-    # A correlation pads for itself, by less than its taps; what is more, uneven or negative is a pass of its own.
+    # A correlation pads for itself, by less than its taps; more, uneven or negative takes a pass of its own.
     if x0 == x1 and y0 == y1 and 0 <= x0 < f.shape[-1] and 0 <= y0 < f.shape[0]:
         pad = (y0, x0)
     else:
         x, pad = F.pad(x, [x0, x1, y0, y1]), (0, 0)
-    # Decimation comes after: oneDNN's gradient of a strided depthwise convolution takes 5 to 14 times as long.
+    # Decimation comes after: the gradient of a strided depthwise convolution takes oneDNN 5 to 14 times as long.
     if f.ndim == 2:
         return _correlate(x, f, *pad)[:, :, ::down_y, ::down_x]
     x = _correlate(x, f[None, :], 0, pad[1])[:, :, :, ::down_x]
