@@ -4,6 +4,8 @@ The kernels' tests in Triton's interpreter need a process of their own. It start
 runs beside the other tests, on the second core; test_interpreted.py, last, waits for it.
 """
 
+import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -15,6 +17,16 @@ import pytest
 
 # Tensors are small here, and busy processes of two threads each would wait for one another at every barrier.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime import interpreter
+
+    # Outside its debug mode Triton's interpreter computes an overflow check of every integer operation, then
+    # ignores it; and it patches its language anew in every call of every function: two thirds of its time.
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    interpreter._LangPatchScope.restore = lambda self: None
+    interpreter._patch_lang = functools.cache(interpreter._patch_lang)
 
 HERE = Path(__file__).parent
 INTERPRETER = "test_the_kernels_in_the_interpreter"

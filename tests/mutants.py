@@ -6,12 +6,21 @@ when one survives.
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
+
+os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}  # before torch and Triton are imported
+
+import hypothesis  # noqa: F401 (these are imported for the processes forked below)
+import numpy  # noqa: F401
+import pytest
+import safetensors.torch  # noqa: F401
+import torch._dynamo  # noqa: F401
+import triton.language  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 
@@ -187,34 +196,69 @@ MUTANTS = {
 }
 
 
-def survives(name: str) -> bool:
-    """True when the tests still pass on the mutant."""
-    mutant = MUTANTS[name]
-    with tempfile.TemporaryDirectory() as folder:
-        for part in ("fastgan", "kernels", "tests"):
-            shutil.copytree(ROOT / part, Path(folder) / part, symlinks=True)
-        shutil.copy(ROOT / "pyproject.toml", folder)
-        file = Path(folder) / "kernels" / f"{mutant.file}.py"
-        text = file.read_text()
-        if mutant.old not in text:
-            raise ValueError(f"{mutant.file}.py no longer holds {mutant.old!r}: update tests/mutants.py")
-        file.write_text(text.replace(mutant.old, mutant.new))
-        command = [sys.executable, "-m", "pytest", "-qx", "--tb=line", "-p", "no:cacheprovider"]
-        command += [f"tests/interpreted_{mutant.suite}.py", "-k", mutant.tests]
-        env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": folder}
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
-        if done.returncode > 1:  # below zero is a signal: the mutant read out of bounds
-            raise RuntimeError(f"pytest could not run: {done.stdout[-1000:]}{done.stderr[-1000:]}")
-        return done.returncode == 0
+def copy_of(mutant: Mutant, folder: Path) -> None:
+    """The repository in `folder`, with the substitution made."""
+    for part in ("fastgan", "kernels", "tests"):
+        shutil.copytree(ROOT / part, folder / part, symlinks=True, ignore=shutil.ignore_patterns("golden"))
+    (folder / "tests" / "golden").symlink_to(ROOT / "tests" / "golden")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    file = folder / "kernels" / f"{mutant.file}.py"
+    text = file.read_text()
+    if mutant.old not in text:
+        raise ValueError(f"{mutant.file}.py no longer holds {mutant.old!r}: update tests/mutants.py")
+    file.write_text(text.replace(mutant.old, mutant.new))
+
+
+def run_tests(mutant: Mutant, folder: Path) -> NoReturn:
+    """The rest of a forked process: pytest in `folder`, its exit status the process's own."""
+    status = 2
+    try:
+        with open(folder / "output", "w") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        os.chdir(folder)
+        options = ["-qx", "--tb=line", "--basetemp=scratch", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+        options += ["-p", "no:xdist", "-W", "ignore:Module already:pytest.PytestAssertRewriteWarning"]
+        status = pytest.main([*options, f"tests/interpreted_{mutant.suite}.py", "-k", mutant.tests])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def verdicts(names: list[str]) -> Iterator[tuple[str, bool]]:
+    """(name, whether the tests still pass on the mutant), in the order in which they end.
+
+    A process for each mutant, as many at once as there are CPUs. They are forked from this one, which has
+    imported everything slow but nothing of fastgan.
+    """
+    waiting, running = list(reversed(names)), {}
+    with tempfile.TemporaryDirectory() as parent:
+        while waiting or running:
+            while waiting and len(running) < (os.cpu_count() or 1):
+                name = waiting.pop()
+                folder = Path(tempfile.mkdtemp(dir=parent))
+                copy_of(MUTANTS[name], folder)
+                process = os.fork()
+                if not process:
+                    run_tests(MUTANTS[name], folder)
+                running[process] = name, folder
+            process, status = os.wait()
+            name, folder = running.pop(process)
+            code = os.waitstatus_to_exitcode(status)
+            if code > 1:  # below zero is a signal: the mutant read out of bounds
+                raise RuntimeError(f"{name}: pytest could not run: {(folder / 'output').read_text()[-2000:]}")
+            yield name, code == 0
 
 
 def main() -> int:
     names = sys.argv[1:] or list(MUTANTS)
     survivors = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for name, alive in zip(names, pool.map(survives, names), strict=True):
-            print(f"{'SURVIVED' if alive else 'caught':9} {name}", flush=True)
-            survivors += [name] if alive else []
+    for name, alive in verdicts(names):
+        print(f"{'SURVIVED' if alive else 'caught':9} {name}", flush=True)
+        survivors += [name] if alive else []
     print(f"{len(survivors)} survived" if survivors else f"all {len(names)} caught")
     return 1 if survivors else 0
 
