@@ -190,7 +190,7 @@ def set_precision(config: Config, device: torch.device) -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next step.
 
-    It maps every block over 32 MiB anew and gives it back when freed, and each step pays a page fault for each
+    It maps every block over 32 MiB anew, gives it back when freed, and each step pays a page fault for each
     page again: D and G at 128 pixels, batch 16, took 1.4 times as long. Elsewhere than on glibc: nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None

@@ -1,0 +1,203 @@
+"""What the engine makes of a step beside plain PyTorch: python -m bench.plain dcgan|stylegan [--rounds N]
+
+Three ways to compute the same step in the same precision, taken in turn within one process: `plain`, written
+as its users write it (DCGAN as in pytorch/examples, under autocast and channels_last; StyleGAN2 as scale,
+convolution, scale, with FIR filters as strided depthwise convolutions), then this project's step eagerly,
+then compiled. Printed are medians of the rounds, images/s, the speed against `plain`, and the fraction of the
+limit (fastgan/limit.py). StyleGAN2's step is the sum of its phases, each at its share, and of the update that
+follows them; compiling its four phases takes minutes. The last row is inference, images from latents.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.settings import CPU, described, limit_of_step
+from fastgan.compiled import Phase
+from fastgan.config import Config, build_generator, make_config, resolve_device
+from fastgan.engine import Engine, place
+from fastgan.kernels import conv2d_resample, modulated_conv2d
+from fastgan.kernels.upfirdn2d import Pair, parse_padding
+from fastgan.limit import PhaseCall, limit, phase_calls, random_images, synchronize
+from fastgan.step import PhaseResult
+from fastgan.train import peak_memory_mib
+
+Run = Callable[[], object]
+
+
+class PlainDCGAN:
+    """The step of pytorch/examples' dcgan, 64 pixels: D on real and on generated images, then G."""
+
+    def __init__(self, config: Config, device: torch.device):
+        self.config, self.device = config, device
+        n = config.ngf
+        g: list[nn.Module] = [nn.ConvTranspose2d(config.z_dim, 8 * n, 4, 1, 0, bias=False)]
+        for fan_in, fan_out in ((8 * n, 4 * n), (4 * n, 2 * n), (2 * n, n), (n, config.channels)):
+            g += [nn.BatchNorm2d(fan_in), nn.ReLU(inplace=True)]
+            g.append(nn.ConvTranspose2d(fan_in, fan_out, 4, 2, 1, bias=False))
+        n = config.ndf
+        d: list[nn.Module] = [nn.Conv2d(config.channels, n, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True)]
+        for fan_in in (n, 2 * n, 4 * n):
+            d += [nn.Conv2d(fan_in, 2 * fan_in, 4, 2, 1, bias=False), nn.BatchNorm2d(2 * fan_in)]
+            d.append(nn.LeakyReLU(0.2, True))
+        d.append(nn.Conv2d(8 * n, 1, 4, 1, 0, bias=False))
+        place = {"device": device, "memory_format": torch.channels_last}
+        self.G, self.D = nn.Sequential(*g, nn.Tanh()).to(**place), nn.Sequential(*d).to(**place)
+        rates = {"lr": config.g_lr, "betas": (config.beta1, config.beta2)}
+        self.g_optimizer = torch.optim.Adam(self.G.parameters(), **rates)
+        self.d_optimizer = torch.optim.Adam(self.D.parameters(), **rates)
+
+    def step(self, real: Tensor) -> None:
+        count, bf16 = self.config.batch, self.config.precision == "bf16"
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        loss, ones = nn.BCEWithLogitsLoss(), torch.ones(count, device=self.device)
+        self.D.zero_grad()
+        with autocast:
+            logits = self.D(real.float() / 127.5 - 1).flatten()
+        loss(logits.float(), ones).backward()
+        with autocast:
+            fake = self.G(torch.randn(count, self.config.z_dim, 1, 1, device=self.device))
+            logits = self.D(fake.detach()).flatten()
+        loss(logits.float(), torch.zeros_like(ones)).backward()
+        self.d_optimizer.step()
+        self.G.zero_grad()
+        with autocast:
+            logits = self.D(fake).flatten()
+        loss(logits.float(), ones).backward()
+        self.g_optimizer.step()
+
+
+def plain_fir(
+    x: Tensor,
+    f: Tensor | None,
+    up: int = 1,
+    down: int = 1,
+    padding: Pair = 0,
+    flip_filter: bool = False,
+    gain: float = 1,
+) -> Tensor:
+    """`upfirdn2d` as it is defined: zero insertion, padding and a strided depthwise convolution."""
+    n, c, h, w = x.shape
+    if f is None:
+        return F.pad(x, list(parse_padding(padding)))
+    if up > 1:
+        x = F.pad(x.reshape(n, c, h, 1, w, 1), [0, up - 1, 0, 0, 0, up - 1]).reshape(n, c, h * up, w * up)
+    x = F.pad(x, list(parse_padding(padding)))
+    f = (f if flip_filter else f.flip([0, 1])).to(x.dtype) * gain
+    return F.conv2d(x, f.expand(c, 1, *f.shape), stride=down, groups=c)
+
+
+def plain_filters() -> ExitStack:
+    """While it is open, StyleGAN2's convolutions resample with `plain_fir`."""
+    stack = ExitStack()
+    for module in (conv2d_resample, modulated_conv2d):
+        stack.enter_context(mock.patch.object(module, "fir_ref", plain_fir))
+    return stack
+
+
+def measured(ways: dict[str, Run], device: torch.device, rounds: int) -> dict[str, float]:
+    """Median seconds of each, taken in turn; the first two runs, which compile, do not count."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for i in range(rounds + 2):
+        for name, run in ways.items():
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            if i >= 2:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def dcgan_step(config: Config, device: torch.device, rounds: int) -> tuple[dict[str, float], float]:
+    """Seconds of a step by each way, and the limit."""
+    real = random_images(config, device)
+    peer = PlainDCGAN(config, device)
+    eager, compiled = (Engine(replace(config, compile=compile), device) for compile in (False, True))
+    ways = {"plain": peer.step, "eager": eager.step, "compiled": compiled.step}
+    found = measured({name: partial(step, real) for name, step in ways.items()}, device, rounds)
+    return found, limit_of_step(config, phase_calls(eager, real))
+
+
+def stylegan_step(config: Config, device: torch.device, rounds: int) -> tuple[dict[str, float], float]:
+    """Seconds of a step by each way, and the limit."""
+    real = random_images(config, device)
+    engines = [Engine(replace(config, compile=compile), device) for compile in (False, True)]
+    seconds: dict[str, float] = dict.fromkeys(("plain", "eager", "compiled"), 0.0)
+    alone = 0.0
+    for eager, compiled in zip(*(phase_calls(e, real) for e in engines), strict=True):
+
+        def plain(call: PhaseCall = eager) -> None:
+            with plain_filters():
+                call()
+
+        found = measured({"plain": plain, "eager": eager, "compiled": compiled}, device, rounds)
+        of_limit = limit(eager, config.dtype)
+        print(row(eager.phase.name, found, of_limit, config.batch), flush=True)
+        for way, t in found.items():
+            seconds[way] += eager.share * t
+        alone += eager.share * of_limit
+    update = measured({"update": partial(updates, engines[0])}, device, rounds)["update"]
+    return {way: t + update for way, t in seconds.items()}, alone
+
+
+def updates(engine: Engine) -> None:
+    """What follows the phases of a step: both optimizers and the moving average."""
+    for net, optimizer in ((engine.D, engine.d_optimizer), (engine.G, engine.g_optimizer)):
+        grads = [torch.zeros_like(p) for p in net.parameters()]
+        engine._update(net, optimizer, PhaseResult({}, grads))
+    engine.images += engine.config.batch
+    engine._average()
+
+
+def inference(config: Config, device: torch.device, rounds: int) -> tuple[dict[str, float], float]:
+    """Seconds of a batch of images from latents by each way, and the limit."""
+    G = build_generator(config).eval().requires_grad_(False)
+    place(G, device)
+    z = torch.randn(config.batch, config.z_dim, device=device)
+    eager, compiled = (
+        PhaseCall(Phase("generating", lambda G, z: G(z), device, compile), (G, z), 1.0)
+        for compile in (False, True)
+    )
+
+    def plain() -> None:
+        with plain_filters():
+            eager()
+
+    with torch.no_grad():
+        ways: dict[str, Run] = {"plain": plain, "eager": eager, "compiled": compiled}
+        return measured(ways, device, 3 * rounds), limit(eager, config.dtype)
+
+
+def row(name: str, seconds: dict[str, float], alone: float, batch: int) -> str:
+    best = min(seconds["eager"], seconds["compiled"])
+    cells = [f"{t:7.3f} s {batch / t:7.1f} img/s {seconds['plain'] / t:5.2f}x" for t in seconds.values()]
+    return f"{name:20} " + " | ".join(cells) + f" | limit {alone:.3f} s = {alone / best:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.plain", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("arch", choices=("dcgan", "stylegan"))
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    arch, options, _ = CPU[args.arch]
+    if arch == "dcgan":  # the example knows neither
+        options = {**options, "r1": 0.0, "instance_noise": 0.0}
+    config, device = resolve_device(make_config(arch, **options))
+    print(f"{described(config)}\n{'':20} plain | eager | compiled | fraction of the limit")
+    measure = dcgan_step if arch == "dcgan" else stylegan_step
+    print(row("step", *measure(config, device, args.rounds), config.batch))
+    print(row("inference", *inference(config, device, args.rounds), config.batch))
+    print(f"peak memory {peak_memory_mib(device)} MiB, of all ways together")
+
+
+if __name__ == "__main__":
+    main()
