@@ -192,7 +192,7 @@ def test_a_resident_batch_never_waits_for_the_device():
 
 
 class Stream:
-    """Stands in for a CUDA stream: work is a queue that `run` empties, up to an event that has not happened."""
+    """Stands in for a CUDA stream: work is a queue that `run` empties up to an event still to come."""
 
     def __init__(self):
         self.queue: list[Event | Callable[[], None]] = []
