@@ -1,9 +1,9 @@
 """Every fused operation at the shapes of the real networks: pytest bench/bench_kernels.py --benchmark-only
 
-Ids say network, operation, shapes, pass (forward, or forward and backward) and implementation: reference,
-compiled (the reference through Inductor), triton. `extra_info` has the bytes that have to be moved (every
-operand read once, every result written once), the floating point operations, both as rates, and the larger of
-the two rates' fractions of what this device was measured to reach in copying and in a matrix product.
+Ids say network, operation, shapes, precision, pass (forward, or forward and backward) and implementation:
+reference, compiled (the reference through Inductor), triton. `extra_info` has the bytes that have to be moved
+(every operand read once, every result written once), the floating point operations, both as rates, and the
+rates' fractions of what this device was measured to reach in copying and in a matrix product.
 """
 
 import functools
@@ -37,7 +37,8 @@ def cases() -> Iterator:
             for backward in (False, True) if differentiable else (False,):
                 for impl in implementations:
                     step = "forward-backward" if backward else "forward"
-                    yield pytest.param(call, backward, impl, id=f"{network}-{call.name}-{step}-{impl}")
+                    name = f"{network}-{call.name}-{CONFIG.precision}-{step}-{impl}"
+                    yield pytest.param(call, backward, impl, id=name)
 
 
 @functools.cache

@@ -208,9 +208,9 @@ def number(value: float, device: torch.device) -> float | Tensor:
 def blend(mine: list[Tensor], theirs: list[Tensor], rate: float | Tensor) -> None:
     """mine += rate * (theirs - mine), in place."""
     if isinstance(rate, Tensor):  # lerp takes no tensor for many tensors in one launch
-        steps = torch._foreach_sub(theirs, mine)
-        torch._foreach_mul_(steps, rate)
-        torch._foreach_add_(mine, steps)
+        steps = torch.ops.aten._foreach_sub.List(theirs, mine)
+        torch.ops.aten._foreach_mul_.Tensor(steps, rate)
+        torch.ops.aten._foreach_add_.List(mine, steps)
     else:
         torch.ops.aten._foreach_lerp_.Scalar(mine, theirs, rate)
 

@@ -181,7 +181,7 @@ def indexed(x: Tensor, index: Any) -> Tensor:
     return x
 
 
-def on_fake_cuda(net: nn.Module) -> nn.Module:
+def on_fake_cuda(net: nn.Module) -> None:
     """In evaluation: training BatchNorm copies its statistics, which does not go without CUDA."""
     for module in net.eval().modules():
         for name, t in (*module._parameters.items(), *module._buffers.items()):
@@ -189,7 +189,6 @@ def on_fake_cuda(net: nn.Module) -> nn.Module:
                 delattr(module, name)
                 fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=CUDA)
                 module.register_buffer(name, fake)
-    return net
 
 
 @pytest.mark.usefixtures("without_cuda")
@@ -201,7 +200,8 @@ def test_forward_passes_on_fake_cuda(arch: str, impl: str, monkeypatch: pytest.M
     c = config(arch)
     G, D = build_networks(c)
     with FakeTensorMode(), torch.no_grad(), OneDevice(CUDA):
-        on_fake_cuda(G), on_fake_cuda(D)
+        for net in (G, D):
+            on_fake_cuda(net)
         normal, uniform = (torch.empty(4, n, device=CUDA) for n in (G.normals, G.uniforms))
         images, _ = G.sample(normal, uniform)
         assert images.device == CUDA and images.shape == (4, 3, c.resolution, c.resolution)
@@ -218,10 +218,8 @@ def test_a_fault_on_fake_cuda_is_found(fault: Callable[[Tensor], Tensor]):
         x = torch.empty(4, 3, c.resolution, c.resolution, device=CUDA)
         with OneDevice(CUDA), pytest.raises(AssertionError, match=r"depends on values|on cpu in a phase"):
             D(fault(x))
-        if fault is not cpu_scalar:
-            with pytest.raises(
-                (DataDependentOutputException, RuntimeError), match=r"scalar_dense|same device"
-            ):
+        if fault in (item, branch):
+            with pytest.raises(DataDependentOutputException):
                 D(fault(x))
 
 
