@@ -33,7 +33,7 @@ def test_writing(benchmark, config: Config, tmp_path: Path):
     def write():
         save_checkpoint(tmp_path, engine.state(), engine.images, keep=1)
 
-    benchmark.pedantic(write, rounds=rounds(benchmark, 7), warmup_rounds=1)
+    benchmark.pedantic(write, rounds=rounds(benchmark, 4), warmup_rounds=1)
     seconds = benchmark.stats.stats.median
     (file,) = checkpoints(tmp_path)
     step = timed(lambda: engine.step(real), engine.device, 0.0)
@@ -56,7 +56,7 @@ def test_reading(benchmark, config: Config, tmp_path: Path):
         assert checkpoint
         other.load_state(*checkpoint)
 
-    benchmark.pedantic(read, rounds=rounds(benchmark, 7), warmup_rounds=1)
+    benchmark.pedantic(read, rounds=rounds(benchmark, 4), warmup_rounds=1)
     size = checkpoints(tmp_path)[0].stat().st_size
     benchmark.extra_info.update(
         megabytes_per_second=round(size / 1e6 / benchmark.stats.stats.median, 1),

@@ -1,9 +1,9 @@
 """Every fused operation at the shapes of the real networks: pytest bench/bench_kernels.py --benchmark-only
 
-Ids say network, operation, shapes, pass (forward, or forward and backward) and implementation: reference,
-compiled (the reference through Inductor), triton. `extra_info` has the bytes that have to be moved (every
-operand read once, every result written once), the floating point operations, both as rates, and the larger of
-the two rates' fractions of what this device was measured to reach in copying and in a matrix product.
+Ids say network, operation, shapes, precision, pass (forward, or forward and backward) and implementation:
+reference, compiled (the reference through Inductor), triton. `extra_info` has the bytes that have to be moved
+(every operand read once, every result written once), the floating point operations, both as rates, and the
+rates' fractions of what this device was measured to reach in copying and in a matrix product.
 """
 
 import functools
@@ -25,19 +25,31 @@ if DEVICE.type == "cuda":
     NETWORKS_HERE = [*NETWORKS]
 
 
+def largest(found: list[Call]) -> list[Call]:
+    """Of each operation, the call that moves most."""
+    return list({call.op.name: call for call in sorted(found, key=lambda call: size(call.args))}.values())
+
+
 def cases() -> Iterator:
+    """On a CPU, where Inductor starts a compiler for each, only an operation's largest call in a network is
+    compiled, backward included."""
     for network in NETWORKS_HERE:
-        for call in calls(network):
+        found = list(calls(network))
+        compiled = [call.name for call in (found if DEVICE.type == "cuda" else largest(found))]
+        for call in found:
             differentiable = any(isinstance(a, Tensor) and a.requires_grad for a in call.args)
             implementations = ["compiled", *call.op.candidates]
             if DEVICE.type != "cuda":  # bench/conftest.py says so
                 implementations = ["compiled", "reference"]
-            if network.startswith("smoke"):
+            if network.startswith("smoke") or call.name not in compiled:
                 implementations.remove("compiled")
             for backward in (False, True) if differentiable else (False,):
                 for impl in implementations:
+                    if impl == "compiled" and DEVICE.type != "cuda" and differentiable and not backward:
+                        continue
                     step = "forward-backward" if backward else "forward"
-                    yield pytest.param(call, backward, impl, id=f"{network}-{call.name}-{step}-{impl}")
+                    name = f"{network}-{call.name}-{CONFIG.precision}-{step}-{impl}"
+                    yield pytest.param(call, backward, impl, id=name)
 
 
 @functools.cache

@@ -32,8 +32,9 @@ class Engine:
         place(self.G, device)
         place(self.D, device)
         self.ema = copy.deepcopy(self.G).eval().requires_grad_(False)
-        self.g_optimizer = _adam(self.G, config.g_lr, config)
-        self.d_optimizer = _adam(self.D, config.d_lr, config)
+        self.g_optimizer = _adam(self.G, number(config.g_lr, device), config)
+        self.d_optimizer = _adam(self.D, number(config.d_lr, device), config)
+        self.ema_rate = number(0.0, device)
         self.pl_mean = torch.zeros([], device=device)
         self.losses: dict[str, Tensor] = {}  # since the last tick: name -> [sum, count]
 
@@ -103,10 +104,14 @@ class Engine:
         half_life = self.config.ema_kimg * 1000
         if self.config.ema_rampup > 0:
             half_life = min(half_life, self.images * self.config.ema_rampup)
-        keep = 0.5 ** (self.config.batch / max(half_life, 1e-8))
+        rate = 1 - 0.5 ** (self.config.batch / max(half_life, 1e-8))
+        if isinstance(self.ema_rate, Tensor):
+            self.ema_rate.fill_(rate)  # a launch: the host waits for nothing
+        else:
+            self.ema_rate = rate
         mine, theirs = _state(self.ema), _state(self.G)
         names = [k for k in mine if not k.endswith(BATCH_NORM_STATISTICS)]
-        torch.ops.aten._foreach_lerp_.Scalar([mine[k] for k in names], [theirs[k] for k in names], 1 - keep)
+        blend([mine[k] for k in names], [theirs[k] for k in names], self.ema_rate)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -208,12 +213,32 @@ def place(net: torch.nn.Module, device: torch.device) -> None:
             p.data = p.data.contiguous(memory_format=torch.channels_last)
 
 
+def number(value: float, device: torch.device) -> float | Tensor:
+    """`value` where an update reads it: on CUDA a scalar tensor, for a capture of the update to read anew.
+
+    Elsewhere nothing is captured, and the float keeps the digits that a float32 tensor would lose.
+    """
+    return torch.tensor(value, device=device) if device.type == "cuda" else value
+
+
+@torch.no_grad()
+def blend(mine: list[Tensor], theirs: list[Tensor], rate: float | Tensor) -> None:
+    """mine += rate * (theirs - mine), in place."""
+    if isinstance(rate, Tensor):  # lerp takes no tensor for many tensors in one launch
+        steps = torch.ops.aten._foreach_sub.List(theirs, mine)
+        torch.ops.aten._foreach_mul_.Tensor(steps, rate)
+        torch.ops.aten._foreach_add_.List(mine, steps)
+    else:
+        torch.ops.aten._foreach_lerp_.Scalar(mine, theirs, rate)
+
+
 def _state(net: torch.nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in net.state_dict().items()}
 
 
-def _adam(net: torch.nn.Module, lr: float, config: Config) -> torch.optim.Adam:
-    return torch.optim.Adam(net.parameters(), lr=lr, betas=(config.beta1, config.beta2), fused=True)
+def _adam(net: torch.nn.Module, lr: float | Tensor, config: Config) -> torch.optim.Adam:
+    betas = (config.beta1, config.beta2)
+    return torch.optim.Adam(net.parameters(), lr, betas, fused=True, capturable=True)
 
 
 def _seed(seed: int, *what: str | int) -> int:

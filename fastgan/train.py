@@ -1,5 +1,6 @@
 """python -m fastgan.train: flags to a configuration, then the loop."""
 
+import os
 import resource
 import signal
 import sys
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from fastgan import cli, precompile
 from fastgan.checkpoint import load_checkpoint, save_checkpoint
-from fastgan.config import Config, make_config, resolve_device
+from fastgan.config import Config, UsageError, make_config, resolve_device
 from fastgan.data import Feed, load_images
 from fastgan.engine import Engine
 from fastgan.images import grid, save_image, to_uint8
@@ -101,6 +102,20 @@ def peak_memory_mib(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
+def out_of_memory(config: Config, device: torch.device) -> str:
+    """Where the memory of a GPU went, and the ways out; asked while what fills it is still held."""
+    allocated, reserved = (
+        f"{read(device) / 2**30:.2f} GiB"
+        for read in (torch.cuda.memory_allocated, torch.cuda.memory_reserved)
+    )
+    ways = [f"use a --batch below {config.batch}"]
+    given = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    if "expandable_segments:True" not in given:
+        setting = ",".join(filter(None, (given, "expandable_segments:True")))
+        ways.append(f"set PYTORCH_ALLOC_CONF={setting}, which leaves fewer gaps between blocks")
+    return f"out of memory on {device}: {allocated} allocated of {reserved} reserved; {' or '.join(ways)}"
+
+
 def train(config: Config, device: torch.device, run_dir: Path) -> int:
     """Run or resume `config` in `run_dir`; returns the exit code."""
     images = load_images(config.data, config.resolution, config.channels, config.crop, config.skip_bad)
@@ -125,6 +140,8 @@ def train(config: Config, device: torch.device, run_dir: Path) -> int:
         count = min(GRID, len(images))
         save_image(run_dir / "reals.png", grid(to_uint8(feed.batch(0, count)[0] / 127.5 - 1)))
         return _loop(config, engine, feed, folder, stop, progress)
+    except torch.OutOfMemoryError:
+        raise UsageError(out_of_memory(config, device)) from None
     finally:
         stop.restore()
         if helper:

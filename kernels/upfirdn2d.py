@@ -106,7 +106,8 @@ def upfirdn2d_ref(
         pad = (y0, x0)
     else:
         x, pad = F.pad(x, [x0, x1, y0, y1]), (0, 0)
-    # Decimation comes after: the gradient of a strided depthwise convolution takes oneDNN 5 to 14 times longer.
+    # Decimation comes after: the gradient of a strided depthwise convolution takes oneDNN 5 to 14 times as
+    # long.
     if f.ndim == 2:
         return _correlate(x, f, *pad)[:, :, ::down_y, ::down_x]
     x = _correlate(x, f[None, :], 0, pad[1])[:, :, :, ::down_x]

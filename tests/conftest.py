@@ -39,6 +39,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 
 @pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that the tests call `data`."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    return Path("data")
+
+
+@pytest.fixture
 def in_the_interpreter(request: pytest.FixtureRequest) -> tuple[subprocess.Popen, IO[str]]:
     """The pytest process of interpreted_*.py and the file that it prints to."""
     return request.config.stash[RUNNING]

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastgan.config import Config, build_networks, make_config
-from fastgan.engine import Engine, set_precision
+from fastgan.engine import Engine, blend, number, set_precision
 from fastgan.limit import PhaseCall, phase_calls, random_images
 
 aten = torch.ops.aten
-CPU, META = torch.device("cpu"), torch.device("meta")
+CPU, META, CUDA = torch.device("cpu"), torch.device("meta"), torch.device("cuda:0")
 SIZES: dict[str, dict[str, Any]] = {
     "stylegan": {"resolution": 16, "batch": 8},
     "dcgan": {"resolution": 16, "batch": 8, "dropout": 0.1, "instance_noise": 0.3},
@@ -150,24 +150,90 @@ def test_a_planted_fault_is_found(fault: Callable[[Tensor], Tensor], message: st
         function(G, Faulty(), *args)
 
 
-@pytest.mark.parametrize(("arch", "impl"), [("stylegan", "triton"), ("dcgan", "reference")])
-def test_discriminators_on_fake_cuda(arch: str, impl: str, monkeypatch: pytest.MonkeyPatch):
-    """PyTorch's own rules about devices, and the registered kernels'. Slices, which G and a FIR filter's
-    reference take, and the fused BatchNorm do not go without CUDA."""
+@pytest.fixture
+def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods spelt out in operations that do not ask for the CUDA that is not there."""
+
+    def contiguous(x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+        lies_so = x.is_contiguous(memory_format=memory_format)
+        return x if lies_so else aten.clone(x, memory_format=memory_format)
+
     if torch.cuda.is_available():
         pytest.skip("tests/test_gpu.py runs them on the device")
-    device = torch.device("cuda:0")
+    monkeypatch.setattr(Tensor, "__getitem__", indexed)
+    monkeypatch.setattr(Tensor, "copy_", lambda x, other, non_blocking=False: x.zero_().add_(other))
+    monkeypatch.setattr(Tensor, "contiguous", contiguous)
+
+
+def indexed(x: Tensor, index: Any) -> Tensor:
+    index, dim = index if isinstance(index, tuple) else (index,), 0
+    for i, part in enumerate(index):
+        if part is None:
+            x = aten.unsqueeze(x, dim)
+        elif part is Ellipsis:
+            dim = x.ndim - sum(other is not None for other in index[i + 1 :]) - 1
+        elif isinstance(part, slice):
+            x = aten.slice(x, dim, part.start, part.stop, part.step or 1)
+        else:
+            x = aten.select(x, dim, part)
+            continue
+        dim += 1
+    return x
+
+
+def on_fake_cuda(net: nn.Module) -> None:
+    """In evaluation: training BatchNorm copies its statistics, which does not go without CUDA."""
+    for module in net.eval().modules():
+        for name, t in (*module._parameters.items(), *module._buffers.items()):
+            if t is not None:
+                delattr(module, name)
+                fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=CUDA)
+                module.register_buffer(name, fake)
+
+
+@pytest.mark.usefixtures("without_cuda")
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("arch", SIZES)
+def test_forward_passes_on_fake_cuda(arch: str, impl: str, monkeypatch: pytest.MonkeyPatch):
+    """Training samples and their logits, by PyTorch's own rules about devices and the registered kernels'."""
     monkeypatch.setenv("FASTGAN_KERNELS", impl)
     c = config(arch)
+    G, D = build_networks(c)
+    with FakeTensorMode(), torch.no_grad(), OneDevice(CUDA):
+        for net in (G, D):
+            on_fake_cuda(net)
+        normal, uniform = (torch.empty(4, n, device=CUDA) for n in (G.normals, G.uniforms))
+        images, _ = G.sample(normal, uniform)
+        assert images.device == CUDA and images.shape == (4, 3, c.resolution, c.resolution)
+        assert D(images).device == CUDA
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py runs them on the device")
+@pytest.mark.parametrize("fault", [item, branch, cpu_operand, cpu_scalar], ids=lambda f: f.__name__)
+def test_a_fault_on_fake_cuda_is_found(fault: Callable[[Tensor], Tensor]):
+    c = config("dcgan")
     _, D = build_networks(c)
-    with FakeTensorMode(), torch.no_grad(), OneDevice(device):
-        for module in D.eval().modules():
-            for name, t in (*module._parameters.items(), *module._buffers.items()):
-                if t is not None:
-                    delattr(module, name)
-                    fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
-                    module.register_buffer(name, fake)
-        assert D(torch.empty(4, 3, c.resolution, c.resolution, device=device)).device == device
+    with FakeTensorMode(), torch.no_grad():
+        on_fake_cuda(D)
+        x = torch.empty(4, 3, c.resolution, c.resolution, device=CUDA)
+        with OneDevice(CUDA), pytest.raises(AssertionError, match=r"depends on values|on cpu in a phase"):
+            D(fault(x))
+        if fault in (item, branch):
+            with pytest.raises(DataDependentOutputException):
+                D(fault(x))
+
+
+def test_rates_are_tensors_on_cuda():
+    """And stay there when the average is updated; elsewhere they are numbers, with all their digits."""
+    with FakeTensorMode():
+        rate = number(0.1, CUDA)
+        assert isinstance(rate, Tensor) and rate.device == CUDA and rate.dtype == torch.float32
+        mine, theirs = ([torch.empty(3, device=CUDA), torch.empty(2, 2, device=CUDA)] for _ in range(2))
+        with OneDevice(CUDA) as mode:
+            rate.fill_(0.2)
+            blend(mine, theirs, rate)
+    assert len(mode.shapes) == 4, "launches do not grow with the number of tensors"
+    assert number(0.1, CPU) == 0.1
 
 
 def test_precision_on_cuda():

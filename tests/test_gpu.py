@@ -3,7 +3,6 @@
 compute-sanitizer --tool memcheck python -m pytest -m gpu tests/test_gpu.py -k "dcgan64 or stylegan64"
 """
 
-import copy
 import dataclasses
 import warnings
 
@@ -12,7 +11,7 @@ import torch
 
 from fastgan.compiled import CudaCapture, Recording, Recordings
 from fastgan.config import make_config
-from fastgan.engine import Engine
+from fastgan.engine import Engine, blend
 from fastgan.kernels import dispatch
 from fastgan.operations import NETWORKS, calls
 
@@ -56,8 +55,7 @@ def test_a_compiled_step_equals_an_eager_one(arch: str):
     """Penalties included: the first step has R1 and path length."""
     config = make_config(arch, batch=8, precision="fp32", device="cuda")
     real = torch.randint(0, 256, (8, 3, config.resolution, config.resolution), dtype=torch.uint8, device=CUDA)
-    eager = Engine(config, CUDA)
-    compiled = copy.deepcopy(eager)
+    eager, compiled = Engine(config, CUDA), Engine(config, CUDA)
     for phase in (compiled.d, compiled.d_r1, compiled.g, compiled.g_path):
         phase.compiled = torch.compile(phase.function, fullgraph=True, dynamic=False)
         phase.eager_steps = 0
@@ -86,6 +84,31 @@ def test_replayed_steps_equal_launched_ones(arch: str, monkeypatch):
     expected = launched.state()
     for name, value in replayed.state().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_captured_update_reads_its_rates_anew():
+    """Learning rates and the decay of the average are on the device: a replay follows them."""
+    config = make_config("dcgan", batch=8, precision="fp32", device="cuda", beta1=0.0)
+    engine = Engine(config, CUDA)
+    real = torch.randint(0, 256, (8, 3, config.resolution, config.resolution), dtype=torch.uint8, device=CUDA)
+    for _ in range(2):
+        engine.step(real)
+    weight, average = next(engine.G.parameters()), next(engine.ema.parameters())
+    lr = engine.g_optimizer.param_groups[0]["lr"]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        engine.g_optimizer.step()
+        blend([average], [weight.detach()], engine.ema_rate)
+    moved = []
+    for rate in (0.0, 0.01, 0.02):
+        lr.fill_(rate)
+        assert isinstance(engine.ema_rate, torch.Tensor)
+        engine.ema_rate.fill_(1.0 if rate else 0.0)
+        before = weight.detach().clone(), average.clone()
+        graph.replay()
+        moved.append((weight.detach() - before[0]).abs().mean())
+        assert average.equal(before[1]) if rate == 0 else torch.allclose(average, weight)
+    assert moved[0] == 0 and 1.8 < moved[2] / moved[1] < 2.2
 
 
 def test_a_failed_capture_leaves_no_trace():

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastgan.compiled import CudaCapture, Recording, Recordings
 from fastgan.config import make_config
-from fastgan.engine import Engine
+from fastgan.engine import Engine, blend
 from fastgan.models import dcgan
 
 CPU = torch.device("cpu")
@@ -44,9 +44,10 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         kwargs = kwargs or {}
         written = [
-            value
+            tensor
             for argument, value in zip(func._schema.arguments, args, strict=False)
             if argument.alias_info is not None and argument.alias_info.is_write
+            for tensor in tree_leaves(value)
         ]
         if func is torch.ops.aten.native_batch_norm.default:  # its schema keeps its running means silent
             written += args[3:5]
@@ -223,6 +224,62 @@ def test_training_by_replay_is_training(arch: str):
         expected = plain.state()
         assert all(torch.equal(value, expected[name]) for name, value in replayed.state().items()), step
     assert all(phase.recording and phase.recording.replay for phase in all_phases)
+
+
+def test_a_recorded_update_reads_its_rates_anew(monkeypatch: pytest.MonkeyPatch):
+    """Learning rate and decay as scalar tensors, which they are on CUDA: in float64 they are the floats."""
+    config = make_config("dcgan", device="cpu", precision="fp32", resolution=8, ngf=4, ndf=4)
+    plain = Engine(config, CPU)
+    monkeypatch.setattr(
+        "fastgan.engine.number", lambda value, device: torch.tensor(value, dtype=torch.float64)
+    )
+    replayed = Engine(config, CPU)
+    (rates,), (group,) = plain.g_optimizer.param_groups, replayed.g_optimizer.param_groups
+    weights = list(zip(plain.G.parameters(), replayed.G.parameters(), strict=True))
+    averages = list(zip(plain.ema.parameters(), replayed.ema.parameters(), strict=True))
+    shared = recordings()
+    adam = Recording(replayed.g_optimizer.step, shared)
+    average = Recording(
+        lambda: blend([b for _, b in averages], [b.detach() for _, b in weights], replayed.ema_rate),
+        shared,
+    )
+    for parameter in itertools.chain.from_iterable(weights):
+        parameter.grad = torch.empty_like(parameter)
+    for step in range(4):
+        for ours, theirs in weights:
+            assert ours.grad is not None and theirs.grad is not None
+            theirs.grad.copy_(ours.grad.normal_())
+        rates["lr"] = 0.3 / (step + 1)
+        group["lr"].fill_(rates["lr"])
+        plain.g_optimizer.step()
+        adam()
+        assert all(a.equal(b) for a, b in weights), step
+        plain.images += 40 * (step + 1)
+        plain._average()
+        assert isinstance(plain.ema_rate, float)
+        replayed.ema_rate.fill_(plain.ema_rate)  # pyright: ignore[reportAttributeAccessIssue]
+        average()
+        for ours, theirs in averages:
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    assert adam.replay and average.replay
+
+
+def test_the_average_follows_the_images_seen(monkeypatch: pytest.MonkeyPatch):
+    """The same by a tensor as by a float, whatever the ramp-up says."""
+    config = make_config("dcgan", device="cpu", precision="fp32", resolution=8, ngf=4, ndf=4)
+    plain = Engine(config, CPU)
+    monkeypatch.setattr("fastgan.engine.number", lambda value, device: torch.tensor(value))
+    other = Engine(config, CPU)
+    for e in (plain, other):
+        with torch.no_grad():
+            for parameter in e.G.parameters():
+                parameter.fill_(1.0)
+        for images in (32, 640, 10**6):
+            e.images = images
+            e._average()
+    pairs = zip(plain.ema.parameters(), other.ema.parameters(), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
 def test_a_compiled_phase_is_recorded_anew():

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from fastgan import compiled, generate, precompile, train
 from fastgan.checkpoint import checkpoints, load_tensors
 from fastgan.config import PRESETS, Config, UsageError, build_networks, make_config
+from fastgan.engine import Engine
 from fastgan.images import grid, to_uint8
 
 TINY = {
@@ -266,6 +267,45 @@ def test_bad_options(options: str, words: list[str], tmp_path: Path, capsys: pyt
 def test_cuda_where_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert run("stylegan", tmp_path / "run", 8, "--device", "cuda") == 2
     assert_one_line(capsys, "--device cuda", "--device cpu")
+
+
+@pytest.mark.parametrize(
+    ("variable", "given", "advice"),
+    [
+        ("PYTORCH_ALLOC_CONF", "", "or set PYTORCH_ALLOC_CONF=expandable_segments:True, which"),
+        (
+            "PYTORCH_CUDA_ALLOC_CONF",
+            "max_split_size_mb:512",
+            "or set PYTORCH_ALLOC_CONF=max_split_size_mb:512,expandable_segments:True, which",
+        ),
+        ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", None),
+    ],
+)
+def test_memory_that_runs_out_is_one_line(
+    variable: str,
+    given: str,
+    advice: str | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def step(engine: Engine, real: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nA second line.")
+
+    whole = Engine.step
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, given)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 << 29)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1 << 31)
+    monkeypatch.setattr(Engine, "step", step)
+    assert run("dcgan", tmp_path / "run", 8) == 2
+    err = capsys.readouterr().err
+    said = "fastgan: out of memory on cpu: 1.50 GiB allocated of 2.00 GiB reserved; use a --batch below 4"
+    assert err.startswith(said) and err.count("\n") == 1
+    assert (advice or "below 4\n") in err and ("expandable" in err) == (advice is not None)
+    monkeypatch.setattr(Engine, "step", whole)
+    assert run("dcgan", tmp_path / "run", 8) == 0, "the folder is free again"
 
 
 def test_bad_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -2,6 +2,7 @@
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ import torch
 from fastgan.data.images import ImageSet
 
 Batch = tuple[torch.Tensor, torch.Tensor | None]  # images and labels
+Sent = tuple[Batch, Any]  # and the event of its arrival, None on a CPU
 
 
 class Feed:
@@ -17,9 +19,10 @@ class Feed:
     Every image is drawn once in each epoch of len(images) draws; a batch may straddle epochs. With
     `mirror`, half of the draws are flipped left to right.
 
-    A resident set lies on the device whole. Otherwise the batch after the last one is gathered by a
-    thread while the caller computes, and then copied over. `resident=None` decides: resident if the set
-    takes at most half of the device's free memory. On the CPU a mapped set is never copied, only read.
+    A resident set lies on the device whole. Otherwise a thread gathers the batch after the last one while
+    the caller computes, and sends it to a GPU on a stream of its own. `resident=None` decides: resident if
+    the set takes at most half of the device's free memory. On the CPU a mapped set is never copied, only
+    read.
     """
 
     def __init__(
@@ -42,17 +45,20 @@ class Feed:
         if self.resident:
             self.rows = self.rows.to(device)
             self.labels = None if self.labels is None else self.labels.to(device)
+        self.side = SideStream(device) if device.type == "cuda" and not self.resident else None
         self.thread = ThreadPoolExecutor(1, "feed")  # starts with the first task
-        self.ahead: tuple[tuple[int, int], Future[Batch]] | None = None
+        self.ahead: tuple[tuple[int, int], Future[Sent]] | None = None
 
     def batch(self, start: int, count: int) -> Batch:
         """Draws start .. start+count-1: uint8 [count, C, H, W] in channels_last, and labels int64 [count]."""
         if self.rows.device.type != "cpu":
             rows, labels = self.select(start, count)
+        elif self.resident:
+            rows, labels = self.gather(start, count)
         else:
-            rows, labels = (self.gather if self.resident else self.gathered)(start, count)
-            rows = rows.to(self.device, non_blocking=True)
-            labels = None if labels is None else labels.to(self.device, non_blocking=True)
+            (rows, labels), arrival = self.foreseen(start, count)
+            if self.side:
+                self.side.receive(rows, labels, arrival)
         return rows.permute(0, 3, 1, 2), labels
 
     def close(self) -> None:
@@ -96,22 +102,55 @@ class Feed:
         labels = None if self.labels is None else self.pin(torch.from_numpy(self.labels.numpy()[which]))
         return batch, labels
 
-    def gathered(self, start: int, count: int) -> Batch:
-        """What `gather` returns, from the thread if it foresaw this request; then sets it to the next."""
+    def send(self, start: int, count: int) -> Sent:
+        """What `gather` returns, on its way to the device."""
+        rows, labels = self.gather(start, count)
+        return self.side.send(rows, labels) if self.side else ((rows, labels), None)
+
+    def foreseen(self, start: int, count: int) -> Sent:
+        """What `send` returns, from the thread if it foresaw this request; then sets it to the next."""
         wanted, future = self.ahead or (None, None)
         following = (start + count, count)
         if future is not None and wanted == (start, count):
-            batch = future.result()
+            sent = future.result()
         else:
             if future is not None:
                 future.cancel()
-            batch = self.gather(start, count)
-        self.ahead = following, self.thread.submit(self.gather, *following)
-        return batch
+            sent = self.send(start, count)
+        self.ahead = following, self.thread.submit(self.send, *following)
+        return sent
 
     def pin(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor in pinned memory if the device is a GPU: from other memory a copy to it would wait."""
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+
+class SideStream:
+    """Copies to a GPU on a stream of their own: they run beside what the receiver's stream computes.
+
+    Memory is double-buffered by PyTorch's allocators: they hand a pinned block out again after the copy from
+    it, and a block on the device, which belongs to the side stream, after what the receiver had asked for
+    when it let the tensor go (`record_stream`).
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+
+    def send(self, rows: torch.Tensor, labels: torch.Tensor | None) -> Sent:
+        """Copies of pinned tensors, and the event of their arrival. No thread waits for it."""
+        with torch.cuda.stream(self.stream):
+            rows = rows.to(self.device, non_blocking=True, copy=True)
+            labels = None if labels is None else labels.to(self.device, non_blocking=True, copy=True)
+            return (rows, labels), self.stream.record_event()
+
+    def receive(self, rows: torch.Tensor, labels: torch.Tensor | None, arrival: Any) -> None:
+        """Let what the caller's stream is asked for from now on see the copies."""
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(arrival)
+        rows.record_stream(stream)
+        if labels is not None:
+            labels.record_stream(stream)
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:

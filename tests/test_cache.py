@@ -1,0 +1,169 @@
+"""The cache of decoded images."""
+
+import errno
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from image_cases import message, never, noise, pixels, put
+from safetensors.torch import load_file, save_file
+
+from fastgan.data import Feed, ImageSet, cache, folder, load_images
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FASTGAN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def files(path: Path) -> list[Path]:
+    return sorted(path.iterdir()) if path.exists() else []
+
+
+def test_the_second_load_maps_the_cache(data: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    for i in range(3):
+        put(noise(16, seed=i), data / str(i % 2) / f"{i}.png")
+    first = load_images("data", 16)
+    [file] = files(cache_folder)
+    assert file.suffix == ".safetensors"
+    assert set(load_file(file)) == {"kept", "images"}
+    monkeypatch.setattr(folder, "decode", never)
+    second = load_images("data", 16)
+    assert torch.equal(first.images, second.images)
+    assert torch.equal(first.labels, second.labels) and first.classes == second.classes  # pyright: ignore
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="asks Linux what is in memory")
+def test_a_mapped_set_is_not_read_into_memory(tmp_path: Path):
+    image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    path = tmp_path / "big.safetensors"
+    cache.write(path, 800, image.shape, (image for _ in range(800)))
+    kept, images = cache.mapped(path, 800, image.shape)
+    assert (int(kept.sum()), images.shape) == (800, (800, 128, 128, 3))
+    streamed = Feed(ImageSet(images.permute(0, 3, 1, 2), None, (), "big"), CPU, resident=False)
+    got, _ = streamed.batch(0, 4)
+    streamed.close()
+    assert (got.permute(0, 2, 3, 1).numpy() == image).all()
+    smaps = Path("/proc/self/smaps").read_text()
+    sizes = re.findall(re.escape(str(path)) + r"\nSize: +(\d+) kB(?:.|\n)*?\nRss: +(\d+) kB", smaps)
+    assert sum(int(size) for size, _ in sizes) * 1024 >= 800 * image.nbytes
+    assert sum(int(rss) for _, rss in sizes) * 1024 < 400 * image.nbytes
+
+
+def test_the_cache_key_follows_files_and_options(data: Path, cache_folder: Path):
+    path = data / "a.png"
+    put(noise(32), path)
+    (data / "b.png").write_text("bad")
+
+    def load(resolution=16, channels=3, crop="none"):
+        load_images("data", resolution, channels, crop, skip_bad=True)
+        return len(files(cache_folder))
+
+    assert load() == 1 and load() == 1
+    assert load(resolution=8) == 2 and load(channels=1) == 3 and load(crop="center") == 4
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    assert load() == 5
+    path.rename(data / "aa.png")
+    assert load() == 6
+    state = (data / "b.png").stat()
+    (data / "b.png").write_text("longer")
+    os.utime(data / "b.png", ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert load() == 7
+    (data / "b.png").unlink()
+    assert load() == 8
+    load_images("data", 16)
+    assert len(files(cache_folder)) == 9
+    shutil.copytree(data, "elsewhere")  # keeps times: the same content, so the same file
+    load_images("elsewhere", 16)
+    assert len(files(cache_folder)) == 9
+
+
+def test_a_changed_image_is_decoded_anew(data: Path):
+    put(noise(16), data / "a.png")
+    load_images("data", 16)
+    changed = put(noise(16, seed=1), data / "a.png")
+    os.utime(data / "a.png", ns=(1, 1))
+    assert (pixels(load_images("data", 16)) == changed).all()
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "other tensors", "other shape"])
+def test_a_damaged_cache_is_rebuilt_with_one_warning(data: Path, cache_folder: Path, damage: str):
+    expected = put(noise(16), data / "a.png")
+    load_images("data", 16)
+    [file] = files(cache_folder)
+    whole = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(whole[:-1])
+    elif damage == "garbage":
+        file.write_bytes(bytes(range(256)) * 4)
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "other tensors":
+        save_file({"kept": torch.ones(1, dtype=torch.uint8)}, file)
+    else:
+        images = torch.zeros(1, 16, 16, 1, dtype=torch.uint8)
+        save_file({"kept": torch.ones(1, dtype=torch.uint8), "images": images}, file)
+    with pytest.warns(UserWarning) as caught:  # noqa: PT030
+        images = load_images("data", 16)
+    [warning] = caught
+    assert f"ignored the damaged cache file {file}" in str(warning.message)
+    assert (pixels(images) == expected).all()
+    assert file.read_bytes() == whole and files(cache_folder) == [file]
+
+
+def test_without_a_cache_folder_images_stay_in_memory(data: Path, monkeypatch: pytest.MonkeyPatch):
+    Path("taken").touch()
+    monkeypatch.setenv("FASTGAN_CACHE", "taken/cache")
+    expected = put(noise(16), data / "dog" / "a.png")
+    (data / "cat").mkdir()
+    (data / "cat" / "bad.png").touch()
+    with pytest.warns(UserWarning, match="no cache at taken/cache.*FASTGAN_CACHE") as caught:
+        images = load_images("data", 16, skip_bad=True)
+    assert len(caught) == 1
+    assert (pixels(images) == expected).all()
+    assert images.labels is not None and images.labels.tolist() == [1]
+    assert images.images.shape == (1, 3, 16, 16) and images.skipped == ("data/cat/bad.png",)
+
+
+def test_a_full_disk_leaves_nothing_behind(data: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    expected = put(noise(16), data / "a.png")
+    with pytest.warns(UserWarning, match="No space left"):
+        images = load_images("data", 16)
+    assert (pixels(images) == expected).all()
+    assert files(cache_folder) == []
+
+
+def test_a_set_that_fails_leaves_nothing_behind(data: Path, cache_folder: Path):
+    put(noise(16), data / "a.png")
+    (data / "b.png").touch()
+    message("data", 16)
+    assert files(cache_folder) == []
+
+
+def test_the_file_appears_in_the_cache_only_when_it_is_whole(tmp_path: Path):
+    path, image = tmp_path / "cache" / "x.safetensors", np.zeros((8, 8, 1), np.uint8)
+
+    def slow():
+        for _ in range(3):
+            assert not path.exists()
+            yield image
+
+    cache.write(path, 3, image.shape, slow())
+    assert files(path.parent) == [path]
+
+
+def test_the_cache_is_in_the_home_folder_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("FASTGAN_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.location("key") == tmp_path / ".cache" / "fastgan" / "key.safetensors"
