@@ -1,4 +1,4 @@
-"""What the engine makes of a step beside plain PyTorch: python -m bench.plain dcgan|stylegan [--rounds N]
+"""What the engine makes of a step beside plain PyTorch: python -m bench.plain dcgan|stylegan|default-stylegan
 
 Three ways to compute the same step in the same precision, taken in turn within one process: `plain`, written
 as its users write it (DCGAN as in pytorch/examples, under autocast and channels_last; StyleGAN2 as scale,
@@ -185,13 +185,14 @@ def row(name: str, seconds: dict[str, float], alone: float, batch: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.plain", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("arch", choices=("dcgan", "stylegan"))
+    parser.add_argument("case", choices=("dcgan", "stylegan", "default-stylegan"))
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    arch, options, _ = CPU[args.arch]
+    arch, options, _ = CPU[args.case]
     if arch == "dcgan":  # the example knows neither
         options = {**options, "r1": 0.0, "instance_noise": 0.0}
-    config, device = resolve_device(make_config(arch, **options))
+    config, device = resolve_device(make_config(arch, precision=args.precision, **options))
     print(f"{described(config)}\n{'':20} plain | eager | compiled | fraction of the limit")
     measure = dcgan_step if arch == "dcgan" else stylegan_step
     print(row("step", *measure(config, device, args.rounds), config.batch))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgan import cli
 from fastgan.config import Config, UsageError, build_generator, resolve_device
-from fastgan.engine import place
+from fastgan.engine import keep_freed_memory, place
 from fastgan.images import grid, save_image, to_uint8
 from fastgan.models import Generator
 from fastgan.run_folder import load_generator
@@ -83,6 +83,7 @@ def _main(argv: Sequence[str] | None) -> int:
             f"{args.run} does not fit its own config: {str(error).splitlines()[-1].strip()}"
         ) from None
     place(G.eval(), device)
+    keep_freed_memory(device)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

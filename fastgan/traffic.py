@@ -4,8 +4,8 @@
 
 What is left besides convolutions and matrix products is bound by memory, so its bytes are its cost. Unfused,
 every aten operation reads its operands and writes its results once. Fused, every node that Inductor schedules
-for the CPU does: what one node passes to itself stays in registers. Both are counted from shapes alone. An
-aten operation that is fused already, as BatchNorm is, reads and writes once in the unfused count too.
+for the CPU does: what one node passes to itself stays in registers. Both are counted from shapes alone. aten's
+BatchNorm walks its operands twice, forward and backward: for sums over the batch, then to use them.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from fastgan.limit import phase_calls, random_images
 PRODUCTS = {"convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm"}
 PRODUCTS |= {"correlate"}  # a FIR filter, to Inductor a depthwise convolution
 WRITES_ONLY = {"copy_", "fill_", "zero_"}
+READ_TWICE = {"native_batch_norm", "native_batch_norm_backward"}
 
 
 class Traffic(NamedTuple):
@@ -99,8 +100,10 @@ class _Counter(TorchDispatchMode):
             self.products += 1
         elif not func.is_view and not name.startswith(("empty", "new_empty")):
             written = operands[0] if name in WRITES_ONLY else None
-            moved = sum(_footprint(t) for t in operands if t is not written) + sum(map(_footprint, results))
-            self.launches, self.bytes = self.launches + (moved > 0), self.bytes + moved
+            times = 2 if name in READ_TWICE else 1
+            moved = times * sum(_footprint(t) for t in operands if t is not written)
+            moved += sum(map(_footprint, results))
+            self.launches, self.bytes = self.launches + times * (moved > 0), self.bytes + moved
         return result
 
 

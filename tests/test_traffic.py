@@ -48,6 +48,20 @@ def test_operations_in_place():
     assert unfused(run, torch.empty(4, device=META)) == Traffic(0, 3, 16 + 32 + 36)
 
 
+def test_batch_norm_reads_twice():
+    """2 x 3 x 4 x 4 numbers of four bytes: statistics, then normalisation; backward two sums, then dx."""
+    x = torch.empty(2, 3, 4, 4, device=META, requires_grad=True)
+
+    def forward() -> Tensor:
+        return torch.nn.functional.batch_norm(x, None, None, None, None, training=True)
+
+    image, channels = 4 * x.numel(), 4 * 3
+    y = forward()
+    assert unfused(forward) == Traffic(0, 2, 2 * image + image + 2 * channels)
+    backward = unfused(torch.autograd.grad, y, x, torch.empty_like(y))
+    assert backward == Traffic(0, 2, 2 * (2 * image + 2 * channels) + image)
+
+
 @pytest.mark.parametrize(
     ("arch", "phase", "size"),
     [
