@@ -29,7 +29,7 @@ def test_training_iteration(benchmark, config: Config):
     engine.step(real)  # both penalties
     engine.step(real)  # neither: compiles D and G
     a_round = period * timed(lambda: engine.step(real), device, 0.0)
-    benchmark.pedantic(steps, rounds=rounds(benchmark, min(max(int(30 / a_round), 1), 7)))
+    benchmark.pedantic(steps, rounds=rounds(benchmark, min(max(int(20 / a_round), 2), 7)))
     seconds = benchmark.stats.stats.median / period
     benchmark.extra_info.update(speed(config, seconds))
     benchmark.extra_info.update(fraction_of_limit=round(limit_of_step(config, calls) / seconds, 3))

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.settings import CPU, described, limit_of_step
+from bench.settings import BOTH, CPU, FULL, Case, described, limit_of_step
 from fastgan.compiled import Phase
 from fastgan.config import Config, build_generator, make_config, resolve_device
 from fastgan.engine import Engine, place
@@ -32,6 +32,12 @@ from fastgan.step import PhaseResult
 from fastgan.train import peak_memory_mib
 
 Run = Callable[[], object]
+
+CASES: dict[str, Case] = {
+    "dcgan": CPU["dcgan"],
+    "stylegan": ("stylegan", {**FULL, "resolution": 64, "batch": 8, "channel_base": 16384}, BOTH),
+    "default-stylegan": CPU["default-stylegan"],
+}
 
 
 class PlainDCGAN:
@@ -185,11 +191,11 @@ def row(name: str, seconds: dict[str, float], alone: float, batch: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.plain", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("case", choices=("dcgan", "stylegan", "default-stylegan"))
+    parser.add_argument("case", choices=[*CASES])
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    arch, options, _ = CPU[args.case]
+    arch, options, _ = CASES[args.case]
     if arch == "dcgan":  # the example knows neither
         options = {**options, "r1": 0.0, "instance_noise": 0.0}
     config, device = resolve_device(make_config(arch, precision=args.precision, **options))

@@ -146,8 +146,8 @@ def prepared(product: Product, form: Form, device: torch.device) -> Callable[[],
     return lambda: product.op(*args)
 
 
-def form_time(product: Product, form: Form, device: torch.device, seconds: float) -> float:
-    """Seconds of one run, the median of bursts that together take about `seconds` and at least three runs.
+def form_time(product: Product, form: Form, device: torch.device, seconds: float, least: int = 3) -> float:
+    """Seconds of one run, the median of bursts that together take about `seconds`, of `least` at least.
 
     On a GPU a burst is ten runs, so that the wait at its end weighs little.
     """
@@ -163,7 +163,7 @@ def form_time(product: Product, form: Form, device: torch.device, seconds: float
 
     once()  # picks an algorithm, fills caches
     times = [once()]
-    while len(times) < 3 or (sum(times) * burst < seconds and len(times) < 50):
+    while len(times) < least or (sum(times) * burst < seconds and len(times) < 50):
         times.append(once())
     return statistics.median(times)
 
@@ -178,7 +178,7 @@ def synchronize(device: torch.device) -> None:
 def best_form(product: Product, dtypes: tuple[torch.dtype, ...], device: torch.device) -> Form:
     """The fastest of all forms, measured once in a process."""
     forms = [Form(dtype, last) for dtype in dtypes for last in (False, True)]
-    return min(forms, key=lambda form: form_time(product, form, device, 0.005))
+    return min(forms, key=lambda form: form_time(product, form, device, 0.005, least=1))
 
 
 def limit(call: PhaseCall, precision: torch.dtype) -> float:

@@ -3,9 +3,9 @@
     python -m fastgan.traffic --arch stylegan [options of train]
 
 What is left besides convolutions and matrix products is bound by memory, so its bytes are its cost. Unfused,
-every aten operation reads its operands and writes its results once. Fused, every node that Inductor schedules
-for the CPU does: what one node passes to itself stays in registers. Both are counted from shapes alone. aten's
-BatchNorm walks its operands twice, forward and backward: for sums over the batch, then to use them.
+every aten operation reads its operands and writes its results once, but BatchNorm reads twice, forward and
+backward: for sums over the batch, then to use them. Fused, every node that Inductor schedules for the CPU
+reads and writes once: what it passes to itself stays in registers. Both are counted from shapes alone.
 """
 
 import dataclasses
