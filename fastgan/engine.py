@@ -92,6 +92,7 @@ class Engine:
         for parameter, grad in zip(net.parameters(), result.grads, strict=True):
             parameter.grad = grad
         optimizer.step()
+        net.zero_grad(set_to_none=True)  # not held while the other network's phase runs
         for name, value in result.losses.items():
             if name not in self.losses:
                 self.losses[name] = torch.zeros(2, device=self.device, dtype=torch.float64)

@@ -4,8 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import compare, settings
+from bench import compare, plain, settings
+from fastgan.config import build_networks, make_config, resolve_device
+from fastgan.kernels.modulated_conv2d import modulated_conv2d
+from fastgan.kernels.upfirdn2d import setup_filter, upfirdn2d
+from fastgan.limit import random_images
 
 
 def results(path: Path, **medians: tuple[float, float]) -> str:
@@ -95,3 +100,37 @@ def test_gpu_settings_are_the_published_ones(resolution: int):
 def test_every_file_has_a_smoke_case(file: Path):
     text = file.read_text()
     assert "configs()" in text or '"smoke"' in text
+
+
+@pytest.mark.parametrize(("up", "down", "padding"), [(1, 1, (2, 2, 2, 2)), (2, 1, (2, 1, 2, 1)), (1, 2, 1)])
+def test_plain_filters_compute_the_same(up: int, down: int, padding):
+    x, f = torch.randn(2, 3, 8, 8, dtype=torch.float64), setup_filter((1, 2, 3, 4))
+    assert torch.allclose(
+        plain.plain_fir(x, f, up, down, padding, gain=2.0), upfirdn2d(x, f, up, down, padding, gain=2.0)
+    )
+
+
+def test_plain_filters_are_used_while_open():
+    x, w, styles = torch.randn(1, 2, 4, 4), torch.randn(2, 2, 3, 3), torch.randn(1, 2)
+    f = setup_filter((1, 3, 3, 1))
+
+    def operators() -> tuple[str, ...]:
+        with torch.profiler.profile() as seen:
+            modulated_conv2d(x, w, styles, up=2, padding=1, resample_filter=f)
+        return tuple(e.name for e in seen.events() if e.name.startswith("fastgan"))
+
+    assert operators() == ("fastgan::correlate",)
+    with plain.plain_filters():
+        assert operators() == ()
+
+
+def test_plain_dcgan_has_the_size_of_ours_and_trains():
+    options = {"resolution": 64, "batch": 2, "ngf": 4, "ndf": 4}
+    config, device = resolve_device(make_config("dcgan", device="cpu", precision="bf16", **options))
+    peer = plain.PlainDCGAN(config, device)
+    for mine, theirs in zip((peer.G, peer.D), build_networks(config), strict=True):
+        assert [p.shape for p in mine.parameters()] == [p.shape for p in theirs.parameters()]
+    before = [p.clone() for net in (peer.G, peer.D) for p in net.parameters()]
+    peer.step(random_images(config, device))
+    after = [p for net in (peer.G, peer.D) for p in net.parameters()]
+    assert all(p.isfinite().all() and (p != q).any() for p, q in zip(after, before, strict=True))
