@@ -27,8 +27,7 @@ from fastgan.config import Config, build_generator, make_config, resolve_device
 from fastgan.engine import Engine, place
 from fastgan.kernels import conv2d_resample, modulated_conv2d
 from fastgan.kernels.upfirdn2d import Pair, parse_padding
-from fastgan.limit import PhaseCall, limit, phase_calls, random_images, synchronize
-from fastgan.step import PhaseResult
+from fastgan.limit import PhaseCall, limit, phase_calls, random_images, synchronize, update_call
 from fastgan.train import peak_memory_mib
 
 Run = Callable[[], object]
@@ -151,17 +150,8 @@ def stylegan_step(config: Config, device: torch.device, rounds: int) -> tuple[di
         for way, t in found.items():
             seconds[way] += eager.share * t
         alone += eager.share * of_limit
-    update = measured({"update": partial(updates, engines[0])}, device, rounds)["update"]
+    update = measured({"update": update_call(engines[0])}, device, rounds)["update"]
     return {way: t + update for way, t in seconds.items()}, alone
-
-
-def updates(engine: Engine) -> None:
-    """What follows the phases of a step: both optimizers and the moving average."""
-    for net, optimizer in ((engine.D, engine.d_optimizer), (engine.G, engine.g_optimizer)):
-        grads = [torch.zeros_like(p) for p in net.parameters()]
-        engine._update(net, optimizer, PhaseResult({}, grads))
-    engine.images += engine.config.batch
-    engine._average()
 
 
 def inference(config: Config, device: torch.device, rounds: int) -> tuple[dict[str, float], float]:

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastgan.compiled import Phase
 from fastgan.config import Config
 from fastgan.engine import Engine
+from fastgan.step import PhaseResult
 
 aten = torch.ops.aten
 CONVOLUTIONS = {aten.convolution: 1, aten.convolution_backward: 2}  # position of the weight
@@ -77,6 +78,19 @@ def phase_calls(engine: Engine, real: Tensor) -> list[PhaseCall]:
         PhaseCall(engine.g_path, path_args, pl),
     )
     return [call for call in calls if call.share > 0]
+
+
+def update_call(engine: Engine) -> Callable[[], None]:
+    """What follows the phases of a step: both optimizers, given gradients of zero, and the moving average."""
+    pairs = [(engine.D, engine.d_optimizer), (engine.G, engine.g_optimizer)]
+    results = [PhaseResult({}, [torch.zeros_like(p) for p in net.parameters()]) for net, _ in pairs]
+
+    def run() -> None:
+        for (net, optimizer), result in zip(pairs, results, strict=True):
+            engine._update(net, optimizer, result)
+        engine._average()
+
+    return run
 
 
 class Shape(tuple):

@@ -18,7 +18,7 @@ from fastgan import cli, doctor, estimate, nvml
 from fastgan.config import Config, UsageError, make_config, resolve_device
 from fastgan.data.feed import fits
 from fastgan.engine import Engine
-from fastgan.limit import PhaseCall, limit, phase_calls, random_images, synchronize
+from fastgan.limit import PhaseCall, limit, phase_calls, random_images, synchronize, update_call
 from fastgan.train import peak_memory_mib
 
 TOP = 10
@@ -84,15 +84,9 @@ def timed(run: Callable[[], Any], device: torch.device, seconds: float) -> float
 
 
 def step_times(engine: Engine, calls: list[PhaseCall], seconds: float) -> tuple[list[float], float]:
-    """Median seconds of each phase, and of the optimizers and the moving average. The engine has stepped."""
-
-    def update() -> None:
-        engine.d_optimizer.step()
-        engine.g_optimizer.step()
-        engine._average()
-
+    """Median seconds of each phase, and of the optimizers and the moving average."""
     times = [timed(call, engine.device, seconds) for call in calls]
-    return times, timed(update, engine.device, seconds / 4)
+    return times, timed(update_call(engine), engine.device, seconds / 4)
 
 
 def costliest(calls: list[PhaseCall], device: torch.device) -> list[tuple[str, float]]:
@@ -135,7 +129,7 @@ def energy(engine: Engine, real: Tensor, calls: list[PhaseCall], seconds: float)
 def profile(config: Config, device: torch.device, seconds: float, trace: Path | None) -> dict[str, Any]:
     """Measure, print, and return every figure; times in seconds."""
     engine, real = Engine(config, device), random_images(config, device)
-    engine.step(real)  # gives the optimizers gradients and state
+    engine.step(real)  # gives the optimizers their state
     calls = phase_calls(engine, real)
     mode = "compiled" if config.compile else "eager"
     size = f"{config.resolution}x{config.resolution}"

@@ -360,7 +360,8 @@ def conv_bn_act_ref(
     c = _convolution(x, weight, bias, stride, padding, output_padding, transposed)
     if c.numel():
         c = F.batch_norm(c, running_mean, running_var, gamma, beta, training, momentum, eps)
-    return F.leaky_relu(c, slope)
+    # In place its derivative is read off its result, so that the normalised values need not be kept.
+    return F.leaky_relu(c, slope, inplace=slope >= 0)
 
 
 def _library(

@@ -91,7 +91,7 @@ def test_phases_on_meta_compute_the_products_of_the_real_ones():
 
 def test_the_limit_takes_the_best_form_as_often_as_the_product_occurs(monkeypatch: pytest.MonkeyPatch):
     cost = {Form(torch.float32, True): 3.0, Form(torch.bfloat16, True): 1.0}
-    monkeypatch.setattr(limit, "form_time", lambda product, form, *_: cost.get(form, 5.0))
+    monkeypatch.setattr(limit, "form_time", lambda product, form, *_, **__: cost.get(form, 5.0))
     monkeypatch.setattr(limit, "products", lambda run: {Product(aten.mm.default, ()): 7})
     limit.best_form.cache_clear()
     engine, real = tiny_engine()
@@ -99,6 +99,17 @@ def test_the_limit_takes_the_best_form_as_often_as_the_product_occurs(monkeypatc
     assert limit.limit(call, torch.float32) == 21
     assert limit.limit(call, torch.bfloat16) == 7
     limit.best_form.cache_clear()
+
+
+def test_what_is_timed_as_an_update_is_one():
+    """Gradients are let go after each step, and an optimizer without any does nothing."""
+    engine, real = tiny_engine()
+    engine.step(real)
+    run = limit.update_call(engine)
+    before = [o.state[p]["step"].item() for o in (engine.d_optimizer, engine.g_optimizer) for p in o.state]
+    run()
+    after = [o.state[p]["step"].item() for o in (engine.d_optimizer, engine.g_optimizer) for p in o.state]
+    assert after == [n + 1 for n in before] and len(after) > 10
 
 
 def test_the_limit_is_the_time_of_the_work():
