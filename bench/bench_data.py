@@ -35,10 +35,7 @@ def folder(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.M
     return str(tmp_path / "photos")
 
 
-# Without the largest step of a CPU: its images are those of dcgan.
-EAGER = [
-    case for case in configs() if not case.values[0].compile and not str(case.id).startswith("stylegan-64")
-]
+EAGER = [case for case in configs() if not case.values[0].compile]
 
 
 @pytest.mark.parametrize("resident", [True, False], ids=["resident", "streamed"])

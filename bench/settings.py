@@ -25,7 +25,7 @@ SMOKE: dict[str, Case] = {
 CPU: dict[str, Case] = {
     "default-stylegan": ("stylegan", {}, BOTH),
     "default-dcgan": ("dcgan", {}, BOTH),
-    # An eighth of bench.plain's stylegan, for a step of that takes seconds and compiling it minutes.
+    # Narrower than bench.plain's, of which a step takes seconds and compiling it minutes.
     "stylegan": (
         "stylegan",
         {"resolution": 64, "batch": 8, "channel_base": 4096, "channel_max": 256},
