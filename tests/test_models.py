@@ -20,9 +20,12 @@ def without_prefix(kwargs: dict) -> dict:
     """stylegan2-ada-pytorch's nested constructor arguments as ours."""
     flat = {k: v for k, v in kwargs.items() if not k.endswith("_kwargs")}
     flat |= kwargs.get("synthesis_kwargs", {})
+    names = {"img_resolution": "resolution", "img_channels": "channels"}
+    flat = {names.get(k, k): v for k, v in flat.items()}
     if "num_layers" in kwargs.get("mapping_kwargs", {}):
         flat["mapping_layers"] = kwargs["mapping_kwargs"]["num_layers"]
-    return flat | kwargs.get("epilogue_kwargs", {})
+    epilogue = {"mbstd_group_size": "mbstd_group"}
+    return flat | {epilogue.get(k, k): v for k, v in kwargs.get("epilogue_kwargs", {}).items()}
 
 
 def parameters(net: nn.Module) -> int:

@@ -353,8 +353,8 @@ class Generator(nn.Module):
         z_dim: int,
         c_dim: int,
         w_dim: int,
-        img_resolution: int,
-        img_channels: int,
+        resolution: int,
+        channels: int,
         mapping_layers: int = 8,
         channel_base: int = 32768,
         channel_max: int = 512,
@@ -368,7 +368,7 @@ class Generator(nn.Module):
         self.z_dim, self.c_dim = z_dim, c_dim
         self.style_mixing, self.noise = style_mixing, noise
         self.synthesis = Synthesis(
-            w_dim, img_resolution, img_channels, channel_base, channel_max, architecture, conv_clamp, dtype
+            w_dim, resolution, channels, channel_base, channel_max, architecture, conv_clamp, dtype
         )
         self.mapping = Mapping(z_dim, c_dim, w_dim, self.synthesis.num_ws, mapping_layers)
 
@@ -380,7 +380,7 @@ class Generator(nn.Module):
         truncation_cutoff: int | None = None,
         noise: Tensor | str = "const",
     ) -> Tensor:
-        """z [N, z_dim] and labels c [N, c_dim] -> images [N, img_channels, R, R] around [-1, 1]."""
+        """z [N, z_dim] and labels c [N, c_dim] -> images [N, channels, R, R] around [-1, 1]."""
         return self.synthesis(self.mapping(z, c, truncation, truncation_cutoff), noise)
 
     @property
@@ -479,46 +479,46 @@ class DiscriminatorEpilogue(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images [N, img_channels, R, R] (and labels c [N, c_dim]) -> logits [N, 1]."""
+    """Images [N, channels, R, R] (and labels c [N, c_dim]) -> logits [N, 1]."""
 
     def __init__(
         self,
         c_dim: int,
-        img_resolution: int,
-        img_channels: int,
+        resolution: int,
+        channels: int,
         channel_base: int = 32768,
         channel_max: int = 512,
         architecture: str = "resnet",
         mapping_layers: int = 8,
-        mbstd_group_size: int | None = 4,
+        mbstd_group: int | None = 4,
         mbstd_num_channels: int = 1,
         conv_clamp: float | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _check_shape(img_resolution, architecture)
+        _check_shape(resolution, architecture)
         self.dtype = dtype
-        self.resolutions = [2**i for i in range(img_resolution.bit_length() - 1, 2, -1)]
-        channels = [channels_at(r, channel_base, channel_max) for r in [*self.resolutions, 4]]
+        self.resolutions = [2**i for i in range(resolution.bit_length() - 1, 2, -1)]
+        widths = [channels_at(r, channel_base, channel_max) for r in [*self.resolutions, 4]]
         for i, res in enumerate(self.resolutions):
             block = DiscriminatorBlock(
-                0 if i == 0 else channels[i],
-                channels[i],
-                channels[i + 1],
-                img_channels,
+                0 if i == 0 else widths[i],
+                widths[i],
+                widths[i + 1],
+                channels,
                 architecture,
                 conv_clamp,
             )
             self.add_module(f"b{res}", block)
-        cmap_dim = channels[-1] if c_dim > 0 else 0
+        cmap_dim = widths[-1] if c_dim > 0 else 0
         if c_dim > 0:
             self.mapping = Mapping(0, c_dim, cmap_dim, None, mapping_layers, w_avg_beta=None)
         self.b4 = DiscriminatorEpilogue(
-            channels[-1],
+            widths[-1],
             cmap_dim,
-            img_channels,
+            channels,
             architecture,
-            mbstd_group_size,
+            mbstd_group,
             mbstd_num_channels,
             conv_clamp,
         )
