@@ -54,13 +54,13 @@ def _check_kernel(kernel: int) -> None:
         raise ValueError(f"kernel must be 4 or 5: got {kernel}")
 
 
-def _norm(norm: str, width: int) -> nn.Module | None:
+def _norm(norm: str, width: int) -> list[nn.Module]:
     """Layer norm with a scale a channel, as in Gulrajani et al. 2017's code."""
     if norm == "batch":
-        return nn.BatchNorm2d(width)
+        return [nn.BatchNorm2d(width)]
     if norm == "layer":
-        return nn.GroupNorm(1, width)
-    return nn.InstanceNorm2d(width, affine=True) if norm == "instance" else None
+        return [nn.GroupNorm(1, width)]
+    return [nn.InstanceNorm2d(width, affine=True)] if norm == "instance" else []
 
 
 class Generator(nn.Module):
@@ -109,9 +109,9 @@ class Discriminator(nn.Module):
     """Images [N, channels, R, R], labels [N, c_dim] -> logits [N, 1]: strided convolutions, BatchNorm,
     LeakyReLU, dropout.
 
-    `norm` is what normalises a critic: "batch", "layer" or "instance", or "none", with biases instead.
-    Without biases and behind BatchNorm an image and a multiple of it look the same, and generated pictures
-    stay gray. Gaussian noise of deviation `instance_noise` on every training image (Sønderby et al. 2017,
+    `norm` is "batch", or for a critic that must see each image alone (wgan_gp.py) "layer", "instance" or
+    "none", which have biases where nothing normalises. Without biases and behind BatchNorm, as the paper has
+    it, an image and a multiple of it look the same, and generated pictures stay gray. Gaussian noise of deviation `instance_noise` on every training image (Sønderby et al. 2017,
     arXiv:1610.04490) sets a scale, and keeps D from learning a small data set by heart.
     """
 
@@ -136,15 +136,14 @@ class Discriminator(nn.Module):
         maps = sides(resolution, blocks)
         self.c_dim, self.dtype = c_dim, dtype
         self.instance_noise = instance_noise
-        bias = norm == "none"
+        bias = norm != "batch"  # of convolutions with no normalisation behind them
         widths = [channels] + [ndf << i for i in range(len(maps) - 1)]
         layers: list[nn.Module] = []
         for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
             padding = _padding(kernel, maps[-1 - i])
-            layers.append(nn.Conv2d(fan_in, fan_out, kernel, 2, padding, bias=bias))
-            normalized = _norm(norm, fan_out) if i > 0 else None
-            layers += [normalized] if normalized is not None else []
-            layers.append(nn.LeakyReLU(slope))
+            behind = _norm(norm, fan_out) if i > 0 else []
+            layers.append(nn.Conv2d(fan_in, fan_out, kernel, 2, padding, bias=bias and not behind))
+            layers += [*behind, nn.LeakyReLU(slope)]
             if dropout > 0:
                 layers.append(nn.Dropout(dropout))
         self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, maps[0], 1, 0, bias=bias))

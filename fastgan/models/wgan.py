@@ -1,7 +1,7 @@
 """WGAN (Arjovsky, Chintala and Bottou 2017, "Wasserstein GAN", arXiv:1701.07875).
 
 The networks of DCGAN ("dcgan"), or the perceptrons of four layers and 512 units with ReLU and no
-normalisation of figure 7 ("mlp"), as the authors' code has them but for the tanh that bounds the images. Their
+normalisation of figure 7 ("mlp"), as in the authors' code but for the tanh that bounds the images. Their
 hidden layers have 8 times `ngf` or `ndf` units, 512 at the default 64.
 """
 
