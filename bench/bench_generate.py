@@ -41,4 +41,9 @@ def test_generating(benchmark, config: Config):
     seconds = benchmark.stats.stats.median
     benchmark.extra_info.update(speed(config, seconds))
     benchmark.extra_info.update(fraction_of_limit=round(limit(call, config.dtype) / seconds, 3))
-    assert images.shape == (config.batch, config.domains * config.channels, config.resolution, config.resolution)
+    assert images.shape == (
+        config.batch,
+        config.domains * config.channels,
+        config.resolution,
+        config.resolution,
+    )

@@ -292,7 +292,9 @@ class Engine:
 
     def _scalars(self) -> dict[str, Tensor]:
         scalars = {"pl_mean": self.pl_mean}
-        return scalars if self.strength is None else scalars | {"ada.p": self.strength, "ada.signs": self.signs}
+        return (
+            scalars if self.strength is None else scalars | {"ada.p": self.strength, "ada.signs": self.signs}
+        )
 
     def _optimizers(self) -> tuple:
         return ("g_optimizer", self.G, self.g_optimizer), ("d_optimizer", self.D, self.d_optimizer)

@@ -131,9 +131,7 @@ def _main(argv: Sequence[str] | None) -> int:
         chosen = dataclasses.replace(found, images=found.images[: args.count], labels=None)
         images, labels = translate(G, chosen, args.to, args.batch), None
     else:
-        images, labels = generate(
-            G, config, args.count, args.seed, args.truncation, args.batch, args.label
-        )
+        images, labels = generate(G, config, args.count, args.seed, args.truncation, args.batch, args.label)
     print(_write(images, labels, args.out, args.format, args.seed))
     return 0
 

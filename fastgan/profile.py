@@ -226,7 +226,9 @@ def sweep_batch(config: Config, device: torch.device, seconds: float) -> list[di
             break
         step = update + sum(call.share * t for call, t in zip(calls, times, strict=True))
         rows.append({"batch": batch, "images_per_second": each.step_images / step, "step_seconds": step})
-        print(f"batch {batch}: {each.step_images / step:.2f} images/s, {1000 * step:.1f} ms a step", flush=True)
+        print(
+            f"batch {batch}: {each.step_images / step:.2f} images/s, {1000 * step:.1f} ms a step", flush=True
+        )
         if len(rows) > 2 and rows[-1]["images_per_second"] < OUT_OF_STEAM * rows[-3]["images_per_second"]:
             break
         batch *= 2
