@@ -82,9 +82,7 @@ class Config:
     diffaugment: str = _option("", "what D sees is augmented: any of color,translation,cutout")
     ada: float = _option(0.0, "augment what D sees so much that its sign on reals averages this; 0: not")
     pl: float = _option(0.0, "weight of path length regularization; 0: none")
-    pl_every: int = _option(
-        4, "path length regularization every so many updates of G, weighted up accordingly"
-    )
+    pl_every: int = _option(4, "path length regularization every so many updates of G, weighted up")
     pl_batch_shrink: int = _option(2, "path length on batch / this many samples")
     pl_decay: float = _option(0.01, "decay rate of the mean path length")
     ema_kimg: float = _option(10.0, "half-life of the generator's moving average in thousands of images")
