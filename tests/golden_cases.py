@@ -70,7 +70,9 @@ class Case:
         self.check("out.y", y)
         r = self.tensor("r").requires_grad_()
         differentiable = {k: inputs[k] for k in self.spec["differentiable"]}
-        grads = torch.autograd.grad((y * r).sum(), list(differentiable.values()), create_graph=True)
+        grads = torch.autograd.grad(
+            (y * r).sum(), list(differentiable.values()), create_graph=True, materialize_grads=True
+        )
         # What cancels to almost nothing holds the peer's rounding errors alone.
         floor = 1e-3 * max(float(self.tensor(f"g.{k}").abs().max()) for k in differentiable)
         for name, grad in zip(differentiable, grads, strict=True):
