@@ -3,7 +3,7 @@
 Logits are raw discriminator outputs, [N, 1] or a map of patches; every loss is a mean over all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -81,3 +81,13 @@ def path_length(
     lengths = (squares if squares.ndim == 1 else squares.mean(dim=1)).sqrt()
     mean = mean.lerp(lengths.mean(), decay)
     return (lengths - mean).square().mean(), mean.detach(), lengths.detach()
+
+
+def orthogonal(weights: Iterable[Tensor]) -> Tensor:
+    """sum over W of ||W W^T o (1 - I)||_F^2 (Brock et al. 2018, equation 3, whose W are the transposes of ours).
+
+    W [rows, ...] is read as a matrix: different filters are to be orthogonal, of whatever norm. BigGAN-PyTorch's
+    gradient, 2 (W W^T o (1 - I)) W, is half of this one's: its strength 1e-4 is 5e-5 here.
+    """
+    grams = [w @ w.t() for w in (weight.flatten(1) for weight in weights)]
+    return torch.stack([(gram - gram.diagonal().diag()).square().sum() for gram in grams]).sum()
