@@ -31,6 +31,16 @@ def hinge_g(fake: Tensor) -> Tensor:
     return -fake.mean()
 
 
+def relativistic_d(real: Tensor, fake: Tensor) -> Tensor:
+    """mean softplus(fake - real), each real logit paired with a fake one (Huang et al. 2024, RpGAN)."""
+    return F.softplus(fake - real).mean()
+
+
+def relativistic_g(real: Tensor, fake: Tensor) -> Tensor:
+    """mean softplus(real - fake): the other side of `relativistic_d`, with real logits of the same batch size."""
+    return F.softplus(real - fake).mean()
+
+
 class AdversarialLoss(NamedTuple):
     d: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     g: Callable[[Tensor], Tensor]
