@@ -31,6 +31,26 @@ def hinge_g(fake: Tensor) -> Tensor:
     return -fake.mean()
 
 
+def least_squares_d(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean (real - 1)^2, mean fake^2) (Mao et al. 2017, equation 2 with a = 0, b = 1, without its halves)."""
+    return (real - 1).square().mean(), fake.square().mean()
+
+
+def least_squares_g(fake: Tensor) -> Tensor:
+    """mean (fake - 1)^2 (Mao et al. 2017, equation 2 with c = 1, without its half)."""
+    return (fake - 1).square().mean()
+
+
+def wasserstein_d(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """(-mean real, mean fake) (Arjovsky et al. 2017, equation 2)."""
+    return -real.mean(), fake.mean()
+
+
+def wasserstein_g(fake: Tensor) -> Tensor:
+    """-mean fake (Arjovsky et al. 2017)."""
+    return -fake.mean()
+
+
 class AdversarialLoss(NamedTuple):
     d: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     g: Callable[[Tensor], Tensor]
@@ -39,6 +59,8 @@ class AdversarialLoss(NamedTuple):
 LOSSES = {
     "non-saturating": AdversarialLoss(logistic_d, non_saturating_g),
     "hinge": AdversarialLoss(hinge_d, hinge_g),
+    "least-squares": AdversarialLoss(least_squares_d, least_squares_g),
+    "wasserstein": AdversarialLoss(wasserstein_d, wasserstein_g),
 }
 
 
