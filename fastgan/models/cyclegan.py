@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastgan.kernels.bias_act import bias_act
 from fastgan.kernels.norm_act import instance_norm_act
+from fastgan.layers import weigh
 
 
 def _init(module: nn.Module) -> None:
@@ -28,14 +29,6 @@ def _init(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 0.0, 0.02)
         assert module.bias is not None
         nn.init.zeros_(module.bias)
-
-
-def _conv(x: Tensor, conv: nn.Conv2d | nn.ConvTranspose2d, bias: Tensor | None = None) -> Tensor:
-    weight, bias = conv.weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    stride, padding = conv.stride[0], int(conv.padding[0])
-    if isinstance(conv, nn.ConvTranspose2d):
-        return F.conv_transpose2d(x, weight, bias, stride, padding, conv.output_padding[0])
-    return F.conv2d(x, weight, bias, stride, padding)
 
 
 def _reflect(x: Tensor, pixels: int) -> Tensor:
@@ -51,8 +44,8 @@ class Block(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = instance_norm_act(_conv(_reflect(x, 1), self.conv0), act="relu")
-        return x + instance_norm_act(_conv(_reflect(y, 1), self.conv1))
+        y = instance_norm_act(weigh(_reflect(x, 1), self.conv0, bias=False), act="relu")
+        return x + instance_norm_act(weigh(_reflect(y, 1), self.conv1, bias=False))
 
 
 class ResNet(nn.Module):
@@ -73,16 +66,14 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = _reflect(images.to(self.dtype or images.dtype), 3)
-        x = instance_norm_act(_conv(x, self.stem), act="relu")
+        x = instance_norm_act(weigh(x, self.stem, bias=False), act="relu")
         for conv in self.down:
-            assert isinstance(conv, nn.Conv2d)
-            x = instance_norm_act(_conv(x, conv), act="relu")
+            x = instance_norm_act(weigh(x, conv, bias=False), act="relu")
         for block in self.blocks:
             x = block(x)
         for conv in self.up:
-            assert isinstance(conv, nn.ConvTranspose2d)
-            x = instance_norm_act(_conv(x, conv), act="relu")
-        return torch.tanh(_conv(_reflect(x, 3), self.out, self.out.bias).to(images.dtype))
+            x = instance_norm_act(weigh(x, conv, bias=False), act="relu")
+        return torch.tanh(weigh(_reflect(x, 3), self.out).to(images.dtype))
 
 
 class Generator(nn.Module):
@@ -180,15 +171,14 @@ class PatchGAN(nn.Module):
         self.apply(_init)
 
     def features(self, images: Tensor) -> Tensor:
-        x = _conv(images.to(self.dtype or images.dtype), self.stem)
+        x = weigh(images.to(self.dtype or images.dtype), self.stem, bias=False)
         x = bias_act(x, self.stem.bias, act="lrelu", alpha=0.2, gain=1.0)
         for conv in self.convs:
-            assert isinstance(conv, nn.Conv2d)
-            x = instance_norm_act(_conv(x, conv), act="lrelu", alpha=0.2)
+            x = instance_norm_act(weigh(x, conv, bias=False), act="lrelu", alpha=0.2)
         return x
 
     def head(self, features: Tensor) -> Tensor:
-        return _conv(features, self.out, self.out.bias)
+        return weigh(features, self.out)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images)).to(images.dtype)
