@@ -14,7 +14,7 @@ from fastgan.compiled import Phase, compile_phase
 from fastgan.engine import place
 from fastgan.losses import LOSSES, gradient_penalty, gradient_square, path_length
 from fastgan.models import Discriminator, Generator, dcgan, stylegan
-from fastgan.step import d_phase, g_path_phase, g_phase
+from fastgan.step import Latents, Objective, d_phase, g_path_phase, g_phase
 
 CPU = torch.device("cpu")
 
@@ -153,18 +153,17 @@ def test_stylegan_phases(case: Case):
     load(G, case, "in.G.")
     load(D, case, "in.D.")
     z, real, none = case.tensor("in.z"), case.tensor("in.real"), torch.empty(4, 0)
+    latents = Latents(z, none)
     if a["phase"].startswith("D"):
         net, prefix = D, "D"
-        main = d_phase(G, D, real, z, none).grads
-        both = d_phase(G, D, real, z, none, r1_weight=a["r1_gamma"] / 2).grads
+        main = d_phase(G, D, real, None, latents).grads
+        both = d_phase(G, D, real, None, latents, objective=Objective(r1=a["r1_gamma"] / 2)).grads
     else:
         net, prefix, count = G, "G", len(z) // a["pl_batch_shrink"]
-        main = g_phase(G, D, z, none).grads
-        result, pl_mean = g_path_phase(
-            *(G, D, z, none, z[:count], none[:count], case.tensor("in.pl_noise"), case.tensor("in.pl_mean")),
-            pl_weight=a["pl_weight"],
-            pl_decay=a["pl_decay"],
-        )
+        main = g_phase(G, D, real, None, latents).grads
+        path = Latents(z[:count], none[:count]), case.tensor("in.pl_noise"), case.tensor("in.pl_mean")
+        objective = Objective(pl=a["pl_weight"], pl_decay=a["pl_decay"])
+        result, pl_mean = g_path_phase(G, D, real, None, latents, *path, objective=objective)
         both = result.grads
         if a["phase"] == "Greg":
             case.check("out.pl_mean_new", pl_mean)
@@ -179,11 +178,11 @@ def test_running_mean_of_w(case: Case):
     D = stylegan.Discriminator(**without_prefix(a["D_ctor"]))
     load(G, case, "in.G.")
     load(D, case, "in.D.")
-    z, none = case.tensor("in.z"), torch.empty(4, 0)
+    args = G, D, case.tensor("in.real"), None, Latents(case.tensor("in.z"), torch.empty(4, 0))
     if a["phase"] == "Gmain":
-        g_phase(G, D, z, none)
+        g_phase(*args)
     elif a["phase"] == "Dmain":
-        d_phase(G, D, case.tensor("in.real"), z, none)
+        d_phase(*args)
     else:
         pytest.skip("the peer's regularization phase runs the mapping without the adversarial phase")
     case.check("out.w_avg_new", G.mapping.w_avg)
@@ -193,7 +192,7 @@ def tiny(arch: str, dtype: torch.dtype) -> tuple[Generator, Discriminator]:
     torch.manual_seed(3)
     if arch == "stylegan":
         G: Generator = stylegan.Generator(6, 0, 5, 8, 3, 2, 32, 6, style_mixing=0.9)
-        D: Discriminator = stylegan.Discriminator(0, 8, 3, 32, 6, mbstd_group_size=2)
+        D: Discriminator = stylegan.Discriminator(0, 8, 3, 32, 6, mbstd_group=2)
         for name, p in G.named_parameters():
             if name.endswith("noise_strength"):
                 nn.init.constant_(p, 0.3)
@@ -207,10 +206,11 @@ def tiny(arch: str, dtype: torch.dtype) -> tuple[Generator, Discriminator]:
     return G, D
 
 
-def draws(G: Generator, count: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+def draws(G: Generator, count: int, dtype: torch.dtype, seed: int = 0) -> Latents:
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(count, G.normals, generator=generator, dtype=torch.float64)
-    return normal.to(dtype), torch.rand(count, G.uniforms, generator=generator, dtype=torch.float64).to(dtype)
+    uniform = torch.rand(count, G.uniforms, generator=generator, dtype=torch.float64)
+    return Latents(normal.to(dtype), uniform.to(dtype))
 
 
 def reals(count: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -222,20 +222,22 @@ def reals(count: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 def phases(arch: str):
     """name -> (function of (call, G, D, dtype, seed), trained network's index), `call` eager or compiled."""
 
+    def args(G, D, dtype, seed):
+        return G, D, reals(4, dtype, seed), None, draws(G, 4, dtype, seed)
+
     def d(call, G, D, dtype, seed):
-        return call(d_phase)(G, D, reals(4, dtype, seed), *draws(G, 4, dtype, seed))
+        return call(d_phase)(*args(G, D, dtype, seed))
 
     def d_r1(call, G, D, dtype, seed):
-        return call(d_phase)(G, D, reals(4, dtype, seed), *draws(G, 4, dtype, seed), r1_weight=5.0)
+        return call(d_phase)(*args(G, D, dtype, seed), objective=Objective(r1=5.0))
 
     def g(call, G, D, dtype, seed):
-        return call(g_phase)(G, D, *draws(G, 4, dtype, seed))
+        return call(g_phase)(*args(G, D, dtype, seed))
 
     def g_path(call, G, D, dtype, seed):
         noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        mean = torch.tensor(0.1, dtype=dtype)
-        latents = (*draws(G, 4, dtype, seed), *draws(G, 2, dtype, seed + 50))
-        return call(g_path_phase)(G, D, *latents, noise.to(dtype), mean, pl_weight=8.0)[0]
+        path = draws(G, 2, dtype, seed + 50), noise.to(dtype), torch.tensor(0.1, dtype=dtype)
+        return call(g_path_phase)(*args(G, D, dtype, seed), *path, objective=Objective(pl=8.0))[0]
 
     return {"D": d, "D with R1": d_r1, "G": g, "G with path length": g_path}
 
@@ -326,12 +328,12 @@ def test_contrast_is_seen_only_against_noise(noise: float):
     G, D = dcgan.Generator(6, 4, 3, 16).double(), dcgan.Discriminator(4, 3, 16, instance_noise=noise).double()
     for p in D.parameters():
         p.data.mul_(20 if p.ndim == 4 else 1)
-    real, (normal, uniform) = torch.rand(4, 3, 16, 16).double() * 2 - 1, draws(G, 4, torch.float64)
+    real, latents = torch.rand(4, 3, 16, 16).double() * 2 - 1, draws(G, 4, torch.float64)
     scores = []
     for gain in (1.0, 1.5):
         G.main[-1] = nn.Sequential(nn.Identity(), Gain(gain))
         torch.manual_seed(0)
-        scores.append(d_phase(G, D, real, normal, uniform).losses["fake_score"])
+        scores.append(d_phase(G, D, real, None, latents).losses["fake_score"])
     assert torch.isclose(scores[0], scores[1], rtol=1e-3) == (noise == 0)
 
 
