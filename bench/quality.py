@@ -1,97 +1,154 @@
-"""Are generated digits digits? python -m bench.quality IMAGES.npz [...]
+"""Do the GANs learn? Judges samples, or trains every family and prints the README's table.
 
-A small CNN learns the embedded digits at 8x8 (1,400 to learn from, 397 held out; the figure is printed) and
-judges `images` uint8 [N, H, W, C] of files written by `python -m fastgan.generate --format npz`:
+python -m bench.quality IMAGES.npz [...]
+    judges what `python -m fastgan.generate --format npz` has written
 
-    accepted   share of images to which it gives a class with probability 0.9 or more
-    entropy    of the classes that it predicts, in nats; ln 10 = 2.303 is all classes alike
-    spread     mean distance between two images of one predicted class, as a share of the same for real digits
+python -m bench.quality --train [ROW ...] [--seeds 0 1 2] [--threads N] [--kimg K] [--out DIR] [--jobs J]
+    trains each row by its preset with each seed, judges it, and prints the medians over the seeds. A row is
+    an --arch; ROW-cond is that --arch with --cond. The same command again goes on where it was stopped and
+    repeats no training that has ended. --picture also draws samples of each row, from the first seed, into
+    bench/results/families.png. Exit code 1 if a requirement is not met.
+
+accepted, entropy, spread, frechet   of 1,000 samples, see judge.py. cogan: of the first halves of its pairs;
+          cyclegan: of 1,000 images of the other domain, translated
+asked     share of images to which the classifier gives the class that was asked for
+TSTR      share of real held-out digits that a classifier trained on 2,000 generated images alone gets right
+same      cogan: share of pairs whose halves show the same digit; cyclegan: share of held-out digits that keep
+          their class both in the other domain and on the way back
+time      of the training, compiling included; images/s leave compiling out. Both are the machine's own only
+          where nothing else runs: with --jobs 1
+
+Rows judged by held-out digits (TSTR, cyclegan) learn `digits:train`, the others all digits. cyclegan's other
+domain is the set that its preset names, which has the held-out digits too, in their other form.
 """
 
+import argparse
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from PIL import Image, ImageDraw, ImageFont
 
-import fastgan.data
+from bench import families, judge
+from bench.families import SECONDS, Figures, required
+from fastgan import cli
+from fastgan.config import PRESETS, UsageError
+from fastgan.train import duration
 
-DIGITS = Path(fastgan.data.__file__).parent / "digits.safetensors"
-LEARN = 1400
-
-
-def real_digits() -> tuple[Tensor, Tensor]:
-    """float32 [1797, 8, 8] in 0..1 and labels, shuffled by a fixed seed."""
-    tensors = load_file(DIGITS)
-    order = torch.randperm(len(tensors["labels"]), generator=torch.Generator().manual_seed(0))
-    return tensors["images"][order].float() / 16, tensors["labels"][order].long()
+JUDGED = ("accepted", "entropy", "spread", "frechet", "asked", "tstr", "same")
+HEADS = ("`--arch`", *JUDGED[:5], "TSTR", "same", "kimg", "images/s", "time", "met")
+PICTURE = Path(__file__).parent / "results" / "families.png"
+ACROSS, TILE, LABEL = 20, 32, 130  # images across the picture, their side, the width of a row's name
 
 
-def train_classifier(images: Tensor, labels: Tensor, epochs: int = 60) -> nn.Module:
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Dropout(0.3),
-        nn.Linear(64 * 16, 128),
-        nn.ReLU(),
-        nn.Linear(128, 10),
+def parser() -> cli.Parser:
+    p = cli.Parser(prog="bench.quality", description=__doc__, formatter_class=cli.Prose)
+    p.add_argument("files", nargs="*", type=Path, metavar="IMAGES.npz", help="samples to judge")
+    p.add_argument(
+        "--train", nargs="*", metavar="ROW", help=f"train these, or all: {' '.join(families.ROWS)}"
     )
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-    for _ in range(epochs):
-        for batch in torch.randperm(len(images)).split(64):
-            x = images[batch, None] + 0.05 * torch.randn(len(batch), 1, 8, 8)
-            loss = F.cross_entropy(net(x), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return net.eval()
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (default: 0 1 2)")
+    p.add_argument("--threads", type=int, help="threads of each training (default: torch's choice)")
+    p.add_argument("--kimg", type=float, help="length of each run (default: its preset's)")
+    p.add_argument("--out", type=Path, default=Path("runs/families"), help="(default: runs/families)")
+    p.add_argument("--jobs", type=int, default=1, help="trainings at a time (default: 1)")
+    p.add_argument("--picture", action=argparse.BooleanOptionalAction, help=f"also draw {PICTURE.name}")
+    return p
 
 
-def spread(images: Tensor, classes: Tensor) -> float:
-    """Mean over the classes of the mean distance between two of its images [N, 8, 8]; a class of one: 0."""
-    means = []
-    for k in range(10):
-        mine = images[classes == k].flatten(1)
-        pairs = max(len(mine) * (len(mine) - 1), 1)
-        means.append(torch.cdist(mine, mine).sum() / pairs)
-    return torch.stack(means).mean().item()
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(_main, argv)
 
 
-@torch.no_grad()
-def judge(net: nn.Module, images: np.ndarray) -> dict[str, float]:
-    """uint8 [N, H, W, C] with a side that is a multiple of 8."""
-    gray = torch.from_numpy(images).float().mean(dim=3)[:, None] / 255
-    small = F.adaptive_avg_pool2d(gray, 8)
-    probability, classes = net(small).softmax(dim=1).max(dim=1)
-    shares = torch.bincount(classes, minlength=10) / len(classes)
-    real, labels = real_digits()
-    return {
-        "accepted": (probability >= 0.9).float().mean().item(),
-        "entropy": -torch.special.xlogy(shares, shares).sum().item(),
-        "spread": spread(small[:, 0], classes) / spread(real, labels),
-    }
+def _main(argv: Sequence[str] | None) -> int:
+    args = parser().parse_args(argv)
+    if bool(args.files) == (args.train is not None):
+        raise UsageError("give files of images or --train, one of the two")
+    rows = list(dict.fromkeys(args.train or families.ROWS))
+    for row in rows if args.train is not None else ():
+        if row.removesuffix("-cond") not in PRESETS:
+            raise UsageError(f"--train {row} is unknown; there are {', '.join(families.ROWS)}")
+    if args.jobs < 1:
+        raise UsageError(f"--jobs must be at least 1: got {args.jobs}")
+    digits, labels = judge.real_digits("test")
+    right = judge.accuracy(judge.classifier(), digits, labels)
+    print(f"classifier: {right:.1%} of {len(labels)} held-out real digits", flush=True)
+    if args.files:
+        for path in args.files:
+            print(f"{path}: {sentence(judge_file(path))}")
+        return 0
+
+    results: dict[str, dict[int, Figures | None]] = {row: {} for row in rows}
+    runs = families.run_all(rows, args.seeds, args.out, args.kimg, args.threads, args.jobs)
+    for row, seed, figures in runs:
+        results[row][seed] = figures
+        log = families.log_of(families.run_folder(args.out, row, seed))
+        print(f"{row} seed {seed}: {sentence(figures) if figures else f'failed, see {log}'}", flush=True)
+    lines, verdicts = zip(*(table_line(row, list(results[row].values())) for row in rows), strict=True)
+    print(f"\n| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}\n" + "\n".join(lines))
+    if args.picture:
+        first = args.seeds[0]
+        drawn = {row: families.run_folder(args.out, row, first) for row in rows if results[row][first]}
+        picture({row: families.strips(*families.load(folder), ACROSS) for row, folder in drawn.items()})
+        print(f"\npicture: {PICTURE}")
+    return 0 if all(verdicts) else 1
 
 
-def main() -> None:
-    if len(sys.argv) < 2:
-        sys.exit("usage: python -m bench.quality IMAGES.npz [...]")
-    images, labels = real_digits()
-    net = train_classifier(images[:LEARN], labels[:LEARN])
-    right = (net(images[LEARN:, None]).argmax(dim=1) == labels[LEARN:]).float().mean()
-    print(f"classifier: {right:.1%} of {len(labels) - LEARN} held-out real digits")
-    for path in sys.argv[1:]:
+def judge_file(path: Path) -> Figures:
+    """UsageError if it holds no square images."""
+    try:
         with np.load(path, allow_pickle=False) as arrays:
-            result = judge(net, arrays["images"])
-        print(f"{path}: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
+            images, labels = arrays["images"], arrays.get("labels")
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{path} is no result of fastgan.generate --format npz: {error}") from None
+    if images.ndim != 4 or images.shape[1] != images.shape[2]:
+        raise UsageError(f"{path} holds {images.shape}, no square images; pairs are judged by --train")
+    asked = {} if labels is None else {"asked": judge.asked_class(images, torch.from_numpy(labels))}
+    return judge.judge(images) | asked
+
+
+def sentence(figures: Figures) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+
+
+def table_line(row: str, runs: list[Figures | None]) -> tuple[str, bool]:
+    """A line of medians over the runs, and whether all requirements are met; None is a run that failed."""
+    needs, done = required(row), [figures for figures in runs if figures]
+    name = f"`{row.replace('-cond', ' --cond')}`"
+    if not done:
+        return f"| {name} |{' |' * (len(HEADS) - 2)} no: failed |", False
+    median = {key: statistics.median(figures[key] for figures in done) for key in done[0]}
+    met = len(done) == len(runs) and median["seconds"] <= SECONDS
+    cells = []
+    for key in JUDGED:
+        value, need = median.get(key), needs.get(key)
+        short = need is not None and not (value is not None and value >= need)
+        digits = 1 if key == "frechet" else 3
+        cells.append(("" if value is None else f"{value:.{digits}f}") + (f" < {need}" if short else ""))
+        met = met and not short
+    cells += [f"{median['kimg']:g}", f"{median['rate']:.0f}", duration(median["seconds"])]
+    failed = f": {len(runs) - len(done)} failed" if len(done) < len(runs) else ""
+    return f"| {' | '.join([name, *cells, 'yes' if met else f'no{failed}'])} |", met
+
+
+def picture(rows: dict[str, list[np.ndarray]], path: Path = PICTURE) -> None:
+    """The strips of images uint8 [ACROSS, R, R, C] of each row below one another, its name before them."""
+    height = TILE * sum(len(strips) for strips in rows.values())
+    sheet = Image.new("RGB", (LABEL + ACROSS * TILE, height), "white")
+    pen, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(14), 0
+    for row, strips in rows.items():
+        middle = y + TILE * len(strips) / 2
+        pen.text((6, middle), row.replace("-cond", " --cond"), "black", font, anchor="lm")
+        for strip in strips:
+            for i, image in enumerate(strip):
+                tile = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+                sheet.paste(tile.resize((TILE, TILE), Image.Resampling.BOX), (LABEL + i * TILE, y))
+            y += TILE
+    sheet.save(path)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -268,7 +268,9 @@ def build_generator(config: Config) -> Generator:
 def build_networks(config: Config) -> tuple[Generator, Discriminator]:
     """(G, D), freshly initialised from torch's global random state."""
     G, D = build_generator(config), _build(family(config.arch).Discriminator, config)
-    return G, add_spectral_norm(D) if config.spectral_norm else D
+    if config.spectral_norm:
+        add_spectral_norm(D)
+    return G, D
 
 
 def _build(make: Callable[..., Any], config: Config) -> Any:
