@@ -681,7 +681,7 @@ class ProjectionDiscriminator(nn.Module):
             nn.init.orthogonal_(self.embed.weight)
             spectral_norm(self.embed)
 
-    def features(self, img: Tensor) -> Tensor:
+    def features(self, img: Tensor, c: Tensor | None = None) -> Tensor:
         """images [N, C, R, R] -> h [N, width], in the images' dtype."""
         x = img.to(self.dtype or img.dtype)
         for block in self.blocks:

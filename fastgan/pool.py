@@ -2,7 +2,26 @@
 2.3)."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class Pool(nn.Module):
+    """`from_pool` with a memory: pairs of generated images [N, 2C, R, R] -> what D is shown of them."""
+
+    images: Tensor
+    filled: Tensor
+
+    def __init__(self, size: int, channels: int, resolution: int):
+        super().__init__()
+        self.register_buffer("images", torch.zeros(size, channels, resolution, resolution))
+        self.register_buffer("filled", torch.zeros([], dtype=torch.int64))
+
+    def forward(self, fakes: Tensor) -> Tensor:
+        draws = torch.rand(len(fakes), 2, device=fakes.device)
+        shown, images, filled = from_pool(self.images, self.filled, fakes, draws)
+        self.images.copy_(images)
+        self.filled.copy_(filled)
+        return shown
 
 
 def from_pool(pool: Tensor, filled: Tensor, fakes: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from fastgan.kernels.conv_transpose_bn_act import conv_transpose2d_bn_act
 from fastgan.layers import weigh
 
+DOMAINS = 2
+
 
 def _init(module: nn.Module) -> None:
     """N(0, 0.02) for the generators' convolutions, as in DCGAN."""
@@ -144,7 +146,7 @@ class Discriminator(nn.Module):
         self.act = nn.PReLU()
         self.out = nn.Linear(25 * ndf, 1)
 
-    def features(self, img: Tensor) -> Tensor:
+    def features(self, img: Tensor, c: Tensor | None = None) -> Tensor:
         """The hidden units of both images [N, 2 * 25 ndf]."""
         a, b = img.to(self.dtype or img.dtype).chunk(2, dim=1)
         # The shared layers see both domains as one batch.

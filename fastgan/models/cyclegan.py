@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from fastgan.kernels.bias_act import bias_act
 from fastgan.kernels.norm_act import instance_norm_act
 from fastgan.layers import weigh
+from fastgan.pool import Pool
+
+DOMAINS = 2
 
 
 def _init(module: nn.Module) -> None:
@@ -198,6 +201,7 @@ class Discriminator(nn.Module):
         resolution: int = 256,
         ndf: int = 64,
         layers: int = 3,
+        pool: int = 50,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
@@ -209,8 +213,9 @@ class Discriminator(nn.Module):
             )
         self.a = PatchGAN(channels, ndf, layers, dtype)
         self.b = PatchGAN(channels, ndf, layers, dtype)
+        self.pool = Pool(pool, 2 * channels, resolution) if pool > 0 else None
 
-    def features(self, img: Tensor) -> Tensor:
+    def features(self, img: Tensor, c: Tensor | None = None) -> Tensor:
         """The last hidden maps of both networks [N, 2F, h + 1, w + 1]."""
         a, b = img.chunk(2, dim=1)
         return torch.cat([self.a.features(a), self.b.features(b)], dim=1)

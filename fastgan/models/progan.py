@@ -70,6 +70,10 @@ class _Growing(nn.Module):
         self.growth.fill_(growth)
         self.stage = math.ceil(torch.tensor(growth, dtype=torch.float32).item())  # as a checkpoint will say
 
+    def match_reals(self, real: Tensor) -> Tensor:
+        """`match_reals` at this network's growth."""
+        return match_reals(real, self.stage, self.growth)
+
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.grow(self.growth.item())
@@ -160,7 +164,7 @@ class Discriminator(_Growing):
             self.blocks.append(nn.Sequential(Conv2d(new, new, 3, "lrelu"), Conv2d(new, old, 3, "lrelu")))
         self.b4 = DiscriminatorEpilogue(widths[0], c_dim, channels, mbstd_group_size=mbstd_group)
 
-    def features(self, img: Tensor) -> Tensor:
+    def features(self, img: Tensor, c: Tensor | None = None) -> Tensor:
         """The last hidden layer [N, channels at 4x4]."""
         side = 4 << self.stage
         if img.shape[-1] != side:

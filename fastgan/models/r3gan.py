@@ -197,7 +197,7 @@ class Discriminator(nn.Module):
             self.embedding = _normal(width**-0.5, c_dim, width, c_dim)
         self.register_buffer("resample_filter", setup_filter(BLUR), persistent=False)
 
-    def features(self, img: Tensor) -> Tensor:
+    def features(self, img: Tensor, c: Tensor | None = None) -> Tensor:
         """The last hidden representation [N, width]."""
         x = self.from_rgb(img.to(self.dtype or img.dtype))
         for stage, transition in zip(self.stages[:-1], self.transitions, strict=True):
