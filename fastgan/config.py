@@ -82,9 +82,7 @@ class Config:
     diffaugment: str = _option("", "what D sees is augmented: any of color,translation,cutout")
     ada: float = _option(0.0, "augment what D sees so much that its sign on reals averages this; 0: not")
     pl: float = _option(0.0, "weight of path length regularization; 0: none")
-    pl_every: int = _option(
-        4, "path length regularization every so many updates of G, weighted up accordingly"
-    )
+    pl_every: int = _option(4, "path length regularization every so many updates of G, weighted up")
     pl_batch_shrink: int = _option(2, "path length on batch / this many samples")
     pl_decay: float = _option(0.01, "decay rate of the mean path length")
     ema_kimg: float = _option(10.0, "half-life of the generator's moving average in thousands of images")
@@ -97,13 +95,28 @@ class Config:
     channel_max: int = _network(512, "most channels of a layer")
     style_mixing: float = _network(0.9, "probability of mixing two styles in a sample")
     mbstd_group: int = _network(4, "group size of the minibatch standard deviation")
-    body: str = _network("dcgan", "networks of the family", choices=("dcgan", "mlp", "resnet"))
-    ngf: int = _network(64, "channels of the generator's last hidden layer")
-    ndf: int = _network(64, "channels of the discriminator's first layer")
-    kernel: int = _network(4, "kernel size", choices=(4, 5))
+    body: str = _network("dcgan", "which networks", choices=("dcgan", "mlp", "resnet"))
+    ngf: int = _network(64, "width of the generator, as its paper counts")
+    ndf: int = _network(64, "width of the discriminator, as its paper counts")
+    width: int = _network(768, "channels of the stages up to 32 pixels")
+    cardinality: int = _network(96, "groups of a stage that wide")
+    expansion: int = _network(2, "a bottleneck is so many times as wide as its block")
+    blocks: int = _network(0, "residual blocks (dcgan: doublings; 0: as many as fit)")
+    layers: int = _network(3, "strided layers of a PatchGAN")
+    kernel: int = _network(4, "kernel size")
+    norm: str = _network("batch", "of the critic", choices=("batch", "layer", "instance", "none"))
     slope: float = _network(0.2, "slope of the discriminator's LeakyReLU")
     dropout: float = _network(0.0, "dropout in the discriminator")
     instance_noise: float = _network(0.0, "deviation of noise on the images that D sees")
+    attention: int = _network(32, "side of the maps with self-attention; 0: none")
+    shared_dim: int = _network(128, "dimensions of the class embedding that all layers share; 0: own ones")
+    hier: bool = _network(True, "z reaches every block")
+    deep: bool = _network(False, "BigGAN-deep")
+    cycle: float = _network(10.0, "weight of cycle consistency")
+    identity: float = _network(0.5, "weight of the identity loss, as a share of --cycle")
+    pool: int = _network(50, "past images of which the discriminator is shown some; 0: none")
+    fade_kimg: float = _network(600.0, "a new resolution fades in over so many thousand images")
+    stable_kimg: float = _network(600.0, "and is trained on for so many")
 
     tick_kimg: float = _option(4.0, "a log line and sample grid every so many thousand images", mutable=True)
     checkpoint_kimg: float = _option(16.0, "a checkpoint every so many thousand images", mutable=True)
@@ -186,18 +199,32 @@ class Config:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
-# The recipes, sized for the embedded digits on two CPU cores.
+# The papers' recipes, sized for the embedded digits on two CPU cores.
 PRESETS: dict[str, dict[str, Any]] = {
-    "stylegan": {
-        "batch": 16,
-        "mapping_layers": 2,
-        "channel_base": 512,
-        "channel_max": 64,
-        "g_lr": 0.008,
-        "d_lr": 0.008,
-        "r1": 0.4,
-        "pl": 0.5,
-        "ema_kimg": 2.0,
+    "gan": {
+        "batch": 64,
+        "kimg": 400.0,
+        "z_dim": 100,
+        "dropout": 0.3,
+        "g_lr": 0.0004,
+        "d_lr": 0.0004,
+        "beta1": 0.5,
+        "beta2": 0.999,
+        "tick_kimg": 10.0,
+        "checkpoint_kimg": 50.0,
+    },
+    "cgan": {
+        "cond": True,
+        "batch": 64,
+        "kimg": 400.0,
+        "z_dim": 100,
+        "dropout": 0.3,
+        "g_lr": 0.0004,
+        "d_lr": 0.0004,
+        "beta1": 0.5,
+        "beta2": 0.999,
+        "tick_kimg": 10.0,
+        "checkpoint_kimg": 50.0,
     },
     "dcgan": {
         "resolution": 32,
@@ -217,6 +244,154 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tick_kimg": 10.0,
         "checkpoint_kimg": 50.0,
     },
+    "wgan": {
+        "batch": 64,
+        "kimg": 1000.0,
+        "loss": "wasserstein",
+        "optimizer": "rmsprop",
+        "clip": 0.01,
+        "d_steps": 5,
+        "z_dim": 100,
+        "ngf": 32,
+        "ndf": 32,
+        "g_lr": 0.0005,
+        "d_lr": 0.0005,
+        "tick_kimg": 20.0,
+        "checkpoint_kimg": 100.0,
+    },
+    "wgan-gp": {
+        "batch": 32,
+        "kimg": 400.0,
+        "loss": "wasserstein",
+        "gradient_penalty": 10.0,
+        "d_steps": 5,
+        "body": "resnet",
+        "norm": "none",
+        "z_dim": 128,
+        "ngf": 32,
+        "ndf": 32,
+        "g_lr": 0.001,
+        "d_lr": 0.001,
+        "beta2": 0.9,
+        "ema_kimg": 5.0,
+        "tick_kimg": 10.0,
+        "checkpoint_kimg": 50.0,
+    },
+    "cyclegan": {
+        "data_b": "digits:inverted",
+        "batch": 4,
+        "kimg": 20.0,
+        "loss": "least-squares",
+        "ngf": 16,
+        "ndf": 32,
+        "blocks": 6,
+        "layers": 1,
+        "g_lr": 0.0004,
+        "d_lr": 0.0004,
+        "beta1": 0.5,
+        "beta2": 0.999,
+        "lr_decay": 0.5,
+        "ema_kimg": 1.0,
+        "tick_kimg": 2.0,
+    },
+    "cogan": {
+        "data_b": "digits:inverted",
+        "batch": 64,
+        "kimg": 400.0,
+        "z_dim": 100,
+        "ngf": 32,
+        "g_lr": 0.0004,
+        "d_lr": 0.0004,
+        "beta1": 0.5,
+        "beta2": 0.999,
+        "tick_kimg": 10.0,
+        "checkpoint_kimg": 50.0,
+    },
+    "progan": {
+        "batch": 16,
+        "kimg": 120.0,
+        "loss": "wasserstein",
+        "gradient_penalty": 10.0,
+        "drift": 0.001,
+        "z_dim": 64,
+        "channel_base": 512,
+        "channel_max": 64,
+        "fade_kimg": 15.0,
+        "stable_kimg": 15.0,
+        "g_lr": 0.003,
+        "d_lr": 0.003,
+        "ema_kimg": 2.0,
+    },
+    "sagan": {
+        "cond": True,
+        "batch": 32,
+        "kimg": 120.0,
+        "loss": "hinge",
+        "z_dim": 128,
+        "ngf": 16,
+        "ndf": 16,
+        "attention": 8,
+        "g_lr": 0.0005,
+        "d_lr": 0.002,
+        "beta2": 0.9,
+        "ema_kimg": 5.0,
+    },
+    "biggan": {
+        "cond": True,
+        "batch": 32,
+        "kimg": 120.0,
+        "loss": "hinge",
+        "d_steps": 2,
+        "orthogonal": 0.00005,
+        "z_dim": 60,
+        "ngf": 16,
+        "ndf": 16,
+        "attention": 8,
+        "shared_dim": 32,
+        "g_lr": 0.0005,
+        "d_lr": 0.002,
+        "beta2": 0.999,
+        "ema_kimg": 5.0,
+    },
+    "stylegan1": {
+        "batch": 16,
+        "mapping_layers": 2,
+        "channel_base": 512,
+        "channel_max": 64,
+        "g_lr": 0.004,
+        "d_lr": 0.004,
+        "r1": 0.4,
+        "ema_kimg": 2.0,
+    },
+    "stylegan": {
+        "batch": 16,
+        "mapping_layers": 2,
+        "channel_base": 512,
+        "channel_max": 64,
+        "g_lr": 0.008,
+        "d_lr": 0.008,
+        "r1": 0.4,
+        "pl": 0.5,
+        "ema_kimg": 2.0,
+    },
+    "r3gan": {
+        "batch": 32,
+        "kimg": 120.0,
+        "loss": "relativistic",
+        "r1": 1.0,
+        "r2": 1.0,
+        "r1_every": 1,
+        "z_dim": 64,
+        "width": 64,
+        "cardinality": 8,
+        "blocks": 1,
+        "kernel": 3,
+        "channel_base": 24576,
+        "g_lr": 0.001,
+        "d_lr": 0.001,
+        "beta2": 0.99,
+        "ema_kimg": 5.0,
+    },
 }
 
 
@@ -231,7 +406,8 @@ def applies(field: dataclasses.Field, arch: str) -> bool:
 @functools.cache
 def network_options(arch: str) -> frozenset[str]:
     """Names of all parameters of the family's networks."""
-    return frozenset(_parameters(family(arch).Generator)) | frozenset(_parameters(family(arch).Discriminator))
+    makers = (getattr(family(arch), name, None) for name in ("Generator", "Discriminator", "schedule"))
+    return frozenset(name for make in makers if make for name in _parameters(make))
 
 
 def _parameters(make: Callable[..., Any]) -> list[str]:
@@ -270,7 +446,9 @@ def build_generator(config: Config) -> Generator:
 def build_networks(config: Config) -> tuple[Generator, Discriminator]:
     """(G, D), freshly initialised from torch's global random state."""
     G, D = build_generator(config), _build(family(config.arch).Discriminator, config)
-    return G, add_spectral_norm(D) if config.spectral_norm else D
+    if config.spectral_norm:
+        add_spectral_norm(D)
+    return G, D
 
 
 def _build(make: Callable[..., Any], config: Config) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgan.augment import adapt, make_augment
+from fastgan.augment import ADAPT_STEPS, adapt, make_augment
 from fastgan.compiled import CudaCapture, Phase, Recordings
 from fastgan.config import Config, build_networks
 from fastgan.models import family
@@ -25,7 +25,6 @@ from fastgan.step import Latents, Objective, PhaseResult, d_phase, g_path_phase,
 NOT_AVERAGED = ("running_mean", "running_var", "num_batches_tracked", "growth")
 MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "rmsprop": ("square_avg",)}
 SETTLING_BATCHES, SETTLING_BATCH = 16, 64
-ADA_EVERY = 4  # updates of D over which its sign is averaged (Karras et al. 2020)
 
 
 class Engine:
@@ -114,8 +113,10 @@ class Engine:
             self._update(self.D, self.d_optimizer, results)
             if c.clip > 0:
                 _clip(self.D, c.clip)
-            if self.strength is not None and (update + 1) % ADA_EVERY == 0:
-                self.strength.copy_(adapt(self.strength, self.signs / ADA_EVERY, c.ada, c.batch * ADA_EVERY))
+            if self.strength is not None and (update + 1) % ADAPT_STEPS == 0:
+                self.strength.copy_(
+                    adapt(self.strength, self.signs / ADAPT_STEPS, c.ada, c.batch * ADAPT_STEPS)
+                )
                 self.signs.zero_()
         for i in range(c.g_steps):
             update = step * c.g_steps + i
@@ -193,7 +194,7 @@ class Engine:
         if not hasattr(self.G, "grow"):
             return
         c = self.config
-        growth = family(c.arch).schedule(self.images, c.fade_kimg, c.stable_kimg, c.resolution)
+        growth = family(c.arch).schedule(self.images, c.fade_kimg, c.stable_kimg, self.G.stages)
         for net in (self.G, self.D, self.ema):
             net.grow(growth)
         if self.stage not in (None, self.G.stage):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastgan.augment import Augment
+from fastgan.augment import ADA, DiffAugment
 from fastgan.losses import (
     LOSSES,
     drift,
@@ -57,7 +57,7 @@ class Objective:
     orthogonal: float = 0.0
     pl: float = 0.0
     pl_decay: float = 0.01
-    augment: Augment | None = None  # of what D sees
+    augment: DiffAugment | ADA | None = None  # of what D sees
 
 
 def to_unit_range(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -202,7 +202,7 @@ def _judged(D: Discriminator, images: Tensor, c: Tensor | None) -> tuple[Tensor,
     return features, D.head(features, c)
 
 
-def _augmented(images: Tensor, augment: Augment | None, strength: Tensor | None) -> Tensor:
+def _augmented(images: Tensor, augment: DiffAugment | ADA | None, strength: Tensor | None) -> Tensor:
     if augment is None:
         return images
     n, kind = len(images), {"device": images.device}

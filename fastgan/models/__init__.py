@@ -1,9 +1,9 @@
 """The families, one paper a file: `--arch NAME` is the module of that name, PRESETS in config.py its recipe.
 
 Each has a Generator and a Discriminator, a class or a function that makes a module. Their parameters are
-passed by name from the configuration: `resolution`, `channels`, `c_dim` (number of classes, 0: none), `dtype`
-(of convolutions), `z_dim`, and every other field of Config that has the parameter's name. What the engine asks
-of a Generator:
+passed by name from the configuration: `resolution`, `channels`, `c_dim` (number of classes, 0: none),
+`dtype` (of convolutions), `z_dim`, and every other field of Config that has the parameter's name. What the
+engine asks of a Generator:
 
     z_dim, c_dim        dimensions of its latent and of its labels
     normals, uniforms   how many unit normal and uniform numbers a training sample takes

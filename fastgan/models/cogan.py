@@ -19,6 +19,8 @@ from fastgan.layers import run_layers, weigh
 
 DOMAINS = 2  # images are pairs
 
+DOMAINS = 2
+
 
 def _init(module: nn.Module) -> None:
     """N(0, 0.02) for the generators' convolutions, as in DCGAN."""

@@ -111,8 +111,9 @@ class Discriminator(nn.Module):
 
     `norm` is "batch", or for a critic that must see each image alone (wgan_gp.py) "layer", "instance" or
     "none", which have biases where nothing normalises. Without biases and behind BatchNorm, as the paper has
-    it, an image and a multiple of it look the same, and generated pictures stay gray. Gaussian noise of deviation `instance_noise` on every training image (Sønderby et al. 2017,
-    arXiv:1610.04490) sets a scale, and keeps D from learning a small data set by heart.
+    it, an image and a multiple of it look the same, and generated pictures stay gray. Gaussian noise of
+    deviation `instance_noise` on every training image (Sønderby et al. 2017, arXiv:1610.04490) sets a scale,
+    and keeps D from learning a small data set by heart.
     """
 
     def __init__(
