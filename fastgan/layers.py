@@ -58,6 +58,9 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor, dtype: torch.dtype | None
     left = list(layers)
     while left:
         layer = left.pop(0)
+        if isinstance(layer, nn.PReLU):
+            x = F.prelu(x, layer.weight.to(x.dtype))
+            continue
         if not isinstance(layer, Weighted):
             x = layer(x)
             continue

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgan.kernels.conv_transpose_bn_act import conv_transpose2d_bn_act
-from fastgan.layers import weigh
+from fastgan.layers import run_layers, weigh
+
+DOMAINS = 2  # images are pairs
 
 DOMAINS = 2
 
@@ -27,43 +28,6 @@ def _init(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 0.0, 0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def _prelu(x: Tensor, slope: Tensor) -> Tensor:
-    return F.prelu(x, slope.to(x.dtype))
-
-
-class Layer(nn.Module):
-    """PReLU(BatchNorm(transposed convolution)), one slope a layer."""
-
-    def __init__(self, fan_in: int, fan_out: int, kernel: int, stride: int, padding: int, extra: int):
-        super().__init__()
-        self.conv = nn.ConvTranspose2d(fan_in, fan_out, kernel, stride, padding, extra, bias=False)
-        self.norm = nn.BatchNorm2d(fan_out)
-        self.act = nn.PReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        conv, norm = self.conv, self.norm
-        assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
-        assert norm.num_batches_tracked is not None
-        if norm.training:
-            norm.num_batches_tracked.add_(1)
-        y = conv_transpose2d_bn_act(
-            x,
-            conv.weight,
-            norm.weight,
-            norm.bias,
-            norm.running_mean,
-            norm.running_var,
-            stride=conv.stride[0],
-            padding=int(conv.padding[0]),
-            output_padding=conv.output_padding[0],
-            training=norm.training,
-            momentum=norm.momentum,
-            eps=norm.eps,
-            slope=1.0,
-        )
-        return _prelu(y, self.act.weight)
 
 
 class Generator(nn.Module):
@@ -94,18 +58,18 @@ class Generator(nn.Module):
         while sides[0] > 4:
             sides.insert(0, (sides[0] + 1) // 2)
         widths = [ngf << i for i in reversed(range(len(sides)))]
-        layers = [Layer(z_dim, widths[0], sides[0], 1, 0, 0)]
-        for (small, large), (fan_in, fan_out) in zip(
-            itertools.pairwise(sides), itertools.pairwise(widths), strict=True
-        ):
-            layers.append(Layer(fan_in, fan_out, 3, 2, 1, large - (2 * small - 1)))
-        self.shared = nn.Sequential(*layers)
+        layers: list[nn.Module] = [nn.ConvTranspose2d(z_dim, widths[0], sides[0], bias=False)]
+        for i, (small, large) in enumerate(itertools.pairwise(sides)):
+            layers += [nn.BatchNorm2d(widths[i]), nn.PReLU()]
+            extra = large - (2 * small - 1)
+            layers.append(nn.ConvTranspose2d(widths[i], widths[i + 1], 3, 2, 1, extra, bias=False))
+        self.shared = nn.Sequential(*layers, nn.BatchNorm2d(ngf), nn.PReLU())
         self.a = nn.ConvTranspose2d(ngf, channels, 6, 1, 1)
         self.b = nn.ConvTranspose2d(ngf, channels, 6, 1, 1)
         self.apply(_init)
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
-        x = self.shared(z.to(self.dtype or z.dtype)[:, :, None, None])
+        x = run_layers(self.shared, z[:, :, None, None], self.dtype)
         # Two layers of the same input are one of twice the channels.
         weight = torch.cat([self.a.weight, self.b.weight], dim=1).to(x.dtype)
         assert self.a.bias is not None and self.b.bias is not None
@@ -139,25 +103,30 @@ class Discriminator(nn.Module):
         if ndf < 1:
             raise ValueError(f"ndf must be at least 1: got {ndf}")
         self.dtype = dtype
+        hidden = 25 * ndf
         self.a = nn.Conv2d(channels, ndf, 5)
         self.b = nn.Conv2d(channels, ndf, 5)
-        self.conv = nn.Conv2d(ndf, 5 * ndf // 2, 5)
-        self.hidden = nn.Linear(5 * ndf // 2 * side**2, 25 * ndf)
-        self.act = nn.PReLU()
-        self.out = nn.Linear(25 * ndf, 1)
+        self.shared = nn.Sequential(
+            nn.MaxPool2d(2),
+            nn.Conv2d(ndf, 5 * ndf // 2, 5),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(5 * ndf // 2 * side**2, hidden),
+            nn.PReLU(),
+        )
+        self.out = nn.Linear(hidden, 1)
 
     def features(self, img: Tensor, c: Tensor | None = None) -> Tensor:
         """The hidden units of both images [N, 2 * 25 ndf]."""
         a, b = img.to(self.dtype or img.dtype).chunk(2, dim=1)
         # The shared layers see both domains as one batch.
-        x = F.max_pool2d(torch.cat([weigh(a, self.a), weigh(b, self.b)]), 2)
-        x = F.max_pool2d(weigh(x, self.conv), 2).flatten(1)
-        x = _prelu(weigh(x, self.hidden), self.act.weight)
+        x = run_layers(self.shared, torch.cat([weigh(a, self.a), weigh(b, self.b)]), self.dtype)
         return torch.cat(x.chunk(2), dim=1)
 
     def head(self, features: Tensor, c: Tensor | None = None) -> Tensor:
-        n = features.shape[0]
-        return weigh(torch.cat(features.chunk(2, dim=1)), self.out).reshape(2, n).t()
+        """Logits [N, 2] in the weights' dtype."""
+        x = features.to(self.out.weight.dtype)
+        return self.out(torch.cat(x.chunk(2, dim=1))).reshape(2, -1).t()
 
     def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
-        return self.head(self.features(img)).to(img.dtype)
+        return self.head(self.features(img))

@@ -23,7 +23,7 @@ from fastgan.kernels.norm_act import instance_norm_act
 from fastgan.layers import weigh
 from fastgan.pool import Pool
 
-DOMAINS = 2
+DOMAINS = 2  # images are pairs
 
 
 def _init(module: nn.Module) -> None:
@@ -181,16 +181,17 @@ class PatchGAN(nn.Module):
         return x
 
     def head(self, features: Tensor) -> Tensor:
-        return weigh(features, self.out)
+        return weigh(features, self.out).to(self.out.weight.dtype)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.features(images)).to(images.dtype)
+        return self.head(self.features(images))
 
 
 class Discriminator(nn.Module):
     """Pairs [N, 2C, R, R] -> logits [N, 2, h, w]: those of A's PatchGAN `a`, then those of B's, `b`.
 
-    The paper's 3 `layers` need 24 pixels. Take 2 for images from 12 pixels on, 1 from 6 on.
+    The paper's 3 `layers` need 24 pixels. Take 2 for images from 12 pixels on, 1 from 6 on. `pool` shows D
+    generated pairs of the past; it holds as many as it is told to, 0 for none.
     """
 
     c_dim = 0
@@ -207,13 +208,16 @@ class Discriminator(nn.Module):
         super().__init__()
         if min(ndf, layers) < 1:
             raise ValueError(f"ndf and layers must be at least 1: got {ndf} and {layers}")
+        if pool < 0:
+            raise ValueError(f"pool must be at least 0: got {pool}")
         if resolution >> layers < 3:
             raise ValueError(
-                f"{layers} layers need a resolution of {3 << layers} or more: got {resolution}; take fewer layers"
+                f"resolution must be at least {3 << layers} for {layers} layers: got {resolution}; "
+                "take fewer layers"
             )
         self.a = PatchGAN(channels, ndf, layers, dtype)
         self.b = PatchGAN(channels, ndf, layers, dtype)
-        self.pool = Pool(pool, 2 * channels, resolution) if pool > 0 else None
+        self.pool = Pool(pool, (2 * channels, resolution, resolution)) if pool else None
 
     def features(self, img: Tensor, c: Tensor | None = None) -> Tensor:
         """The last hidden maps of both networks [N, 2F, h + 1, w + 1]."""
@@ -221,8 +225,9 @@ class Discriminator(nn.Module):
         return torch.cat([self.a.features(a), self.b.features(b)], dim=1)
 
     def head(self, features: Tensor, c: Tensor | None = None) -> Tensor:
+        """Logits [N, 2, h, w] in the weights' dtype."""
         a, b = features.chunk(2, dim=1)
         return torch.cat([self.a.head(a), self.b.head(b)], dim=1)
 
     def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
-        return self.head(self.features(img)).to(img.dtype)
+        return self.head(self.features(img))
