@@ -141,9 +141,9 @@ def _translate(x: Tensor, u_down: Tensor, u_right: Tensor) -> Tensor:
 
 
 def _shifted(side: int, u: Tensor) -> Tensor:
-    """0 .. side - 1, moved by up to an eighth: [N, 1, 1, 1, side]."""
+    """Where the places 0 .. side - 1 come from, [N, 1, 1, 1, side]."""
     limit = _part(side, 8)
-    return torch.arange(side, device=u.device) + (u * (2 * limit + 1)).long() - limit
+    return torch.arange(side, device=u.device) + limit - (u * (2 * limit + 1)).long()
 
 
 def _cut_out(x: Tensor, u_down: Tensor, u_right: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _sample(x: Tensor, to_x: Tensor, to_y: Tensor) -> Tensor:
     """x [N, G, C, H, W] at to_x, to_y [N, H, W], in pixels from the center of the first.
 
-    By gathers: they are exact at whole pixels, and grid_sample has a double backward only since torch 2.13.
+    By gathers, which are exact at whole pixels and have all derivatives; not every grid_sample has a second.
     """
     h, w = x.shape[3:]
     fine = _doubling(h, x) @ x @ _doubling(w, x).t()  # [N, G, C, 2H - 1, 2W - 1]
@@ -256,16 +256,16 @@ def _colors(u: Tensor, z: Tensor, p: Tensor) -> tuple[Tensor, Tensor, tuple[Tens
     colors about the gray axis, so their matrices, and their product, are circulant.
     """
     rgb = z.shape[1] == 3
-    on = u[:, : 5 if rgb else 3] < p
-    values = (u[:, 5 if rgb else 3 :], z, on.to(u.dtype))
-    u, z, gates = (value[..., None, None, None, None].unbind(1) for value in values)
-    contrast = (0.5 * z[1] * gates[1]).exp2()
-    luma = contrast * (1 - 2 * (2 * u[0]).floor() * gates[2])
-    offset = 0.2 * z[0] * gates[0] * luma
+    chances, values = u.tensor_split([5 if rgb else 3], dim=1)
+    on = chances < p
+    chosen, normal, gate = (t[..., None, None, None, None].unbind(1) for t in (values, z, on.to(u.dtype)))
+    contrast = (0.5 * normal[1] * gate[1]).exp2()
+    luma = contrast * (1 - 2 * (2 * chosen[0]).floor() * gate[2])
+    offset = 0.2 * normal[0] * gate[0] * luma
     if not rgb:
         return on.any(dim=1), offset, (luma,)
-    angle = (2 * u[1] - 1) * math.pi * gates[3]
-    chroma = contrast * (z[2] * gates[4]).exp2() / 3
+    angle = (2 * chosen[1] - 1) * math.pi * gate[3]
+    chroma = contrast * (normal[2] * gate[4]).exp2() / 3
     cos, sin = chroma * angle.cos(), math.sqrt(3) * chroma * angle.sin()
     luma = luma / 3
     return on.any(dim=1), offset, (luma + 2 * cos, luma - cos - sin, luma - cos + sin)
