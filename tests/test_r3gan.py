@@ -103,7 +103,7 @@ def tiny(c_dim: int = 0) -> tuple[r3gan.Generator, r3gan.Discriminator]:
     G = r3gan.Generator(z_dim=5, c_dim=c_dim, **sizes).double()
     D = r3gan.Discriminator(c_dim=c_dim, **sizes).double()
     for p in [*G.parameters(), *D.parameters()]:
-        nn.init.normal_(p, std=0.5)
+        nn.init.normal_(p, std=0.2)
     return G, D
 
 

@@ -53,7 +53,9 @@ class Pointwise(nn.Module):
         self.weight = _normal(gain, fan_in, fan_out, fan_in)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.to(x.dtype)).permute(0, 3, 1, 2)
+        n, c, h, w = x.shape
+        y = x.permute(0, 2, 3, 1).reshape(-1, c) @ self.weight.to(x.dtype).t()
+        return y.reshape(n, h, w, -1).permute(0, 3, 1, 2)
 
 
 class GroupedConv2d(nn.Module):
