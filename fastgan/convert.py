@@ -140,7 +140,7 @@ def biggan_discriminator(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _biggan(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Blocks in one list instead of a list for each stage; the SN in use is where a u0 lies beside a weight."""
+    """Blocks in one list, not one a stage; a weight with a u0 beside it is spectrally normalized."""
     nested = sorted({tuple(map(int, k.split(".")[1:3])) for k in state if k.startswith("blocks.")})
     stem = any(k.startswith("input_conv.") for k in state)
     places = {f"blocks.{i}.{j}": f"blocks.{n + stem}" for n, (i, j) in enumerate(nested)}

@@ -457,8 +457,8 @@ def spectral_linear(in_features: int, out_features: int, bias: bool = True) -> n
 class SpectralConv2d(nn.Conv2d):
     """act(conv(x) + b) of x [N, Cin, H, W] in x's dtype, spectrally normalized; kernel 1 or 3.
 
-    `up` 2 repeats every pixel 2x2 before the convolution, `down` 2 takes the mean of 2x2 pixels after it. With
-    a 3x3 kernel either is one strided 4x4 convolution, whose taps are sums of the kernel's: 4/9 of the
+    `up` 2 repeats every pixel 2x2 before the convolution, `down` 2 takes the mean of 2x2 pixels after it.
+    With a 3x3 kernel either is one strided 4x4 convolution, whose taps are sums of the kernel's: 4/9 of the
     multiplications. A 1x1 kernel runs at the lower resolution.
     """
 
@@ -501,8 +501,8 @@ class SpectralConv2d(nn.Conv2d):
 
 
 class SelfAttention(nn.Module):
-    """x + gamma * o(softmax(theta^T phi) g) for x [N, C, H, W] (Zhang et al. 2018, arXiv:1805.08318, equations
-    2 and 3).
+    """x + gamma * o(softmax(theta^T phi) g) for x [N, C, H, W] (Zhang et al. 2018, arXiv:1805.08318,
+    equations 2 and 3).
 
     theta, phi [C / 8] and g [C / 2] are 1x1 convolutions, phi and g max-pooled 2x2, as in the authors' code
     and BigGAN; gamma starts at 0. R1 and gradient penalties differentiate it twice, which no fused attention
@@ -612,14 +612,14 @@ def doublings(resolution: int) -> int:
 
 
 def with_attention(
-    stages: Sequence[list[nn.Module]],
+    stages: Sequence[Sequence[nn.Module]],
     widths: Sequence[int],
     sides: Sequence[int],
     attention: int,
     behind: Iterable[int] | None = None,
 ) -> list[nn.Module]:
-    """All blocks of `stages`, with self-attention behind the first stage whose maps, of `widths` channels, have
-    `attention` for a side (0: none); `behind` names stages by their number instead."""
+    """All blocks of `stages`, with self-attention behind the first stage whose maps, of `widths` channels,
+    have `attention` for a side (0: none); `behind` names stages by their number instead."""
     if behind is None:
         if attention and attention not in sides:
             choices = ", ".join(str(s) for s in sorted(set(sides)))
@@ -670,8 +670,8 @@ class ResidualGenerator(nn.Module):
 
 
 class ProjectionDiscriminator(nn.Module):
-    """logits [N, 1] = w^T h + b + (V c)^T h, h = sum over the pixels of relu(blocks(images)) (Miyato and Koyama
-    2018, arXiv:1802.05637, equation 3), w and V spectrally normalized; V where c_dim > 0."""
+    """logits [N, 1] = w^T h + b + (V c)^T h, h = sum over the pixels of relu(blocks(images)) (Miyato and
+    Koyama 2018, arXiv:1802.05637, equation 3), w and V spectrally normalized; V where c_dim > 0."""
 
     def __init__(self, blocks: Iterable[nn.Module], width: int, c_dim: int, dtype: torch.dtype | None):
         super().__init__()

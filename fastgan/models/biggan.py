@@ -1,9 +1,9 @@
-"""BigGAN and BigGAN-deep (Brock, Donahue and Simonyan 2018, "Large Scale GAN Training for High Fidelity Natural
-Image Synthesis", arXiv:1809.11096).
+"""BigGAN and BigGAN-deep (Brock, Donahue and Simonyan 2018, "Large Scale GAN Training for High Fidelity
+Natural Image Synthesis", arXiv:1809.11096).
 
-SAGAN's blocks, wider; a class embedding that all BatchNorm layers share, and chunks of z that reach every block
-beside it. Widths are those of BigGAN-PyTorch. The truncation trick draws z anew where it is too large, so it
-happens outside.
+SAGAN's blocks, wider; a class embedding that all BatchNorm layers share, and chunks of z that reach every
+block beside it. Widths are those of BigGAN-PyTorch, which start at 32 pixels; 8 and 16 are built like its 32.
+The truncation trick draws z anew where it is too large, so it happens outside.
 """
 
 import itertools
@@ -102,10 +102,10 @@ class DeepDownBlock(nn.Module):
 class Generator(ResidualGenerator):
     """z [N, z_dim] and one-hot labels c [N, c_dim] -> images [N, channels, R, R] in (-1, 1).
 
-    The labels' embedding, of shared_dim numbers, sets the gain and shift of every BatchNorm but the last through
-    a linear map of each; shared_dim 0 gives each an embedding of its own. With `hier` z comes in equal chunks:
-    one for the first layer, one for each block, beside the embedding (section 3.1). `deep` (appendix B) gives
-    embedding and z whole to the first layer and all blocks; `hier` is then no matter.
+    The labels' embedding, of shared_dim numbers, sets the gain and shift of every BatchNorm but the last
+    through linear maps; shared_dim 0 gives each BatchNorm an embedding of its own. With `hier` z comes in
+    equal chunks: one for the first layer, one for each block, beside the embedding (section 3.1). `deep`
+    (appendix B) gives embedding and z whole to the first layer and all blocks; `hier` is then no matter.
     """
 
     def __init__(

@@ -2,8 +2,8 @@
 arXiv:1805.08318).
 
 Spectral normalization in both networks, self-attention, conditional BatchNorm and a projection discriminator.
-Residual bodies and widths are those of the authors' code (brain-research/self-attention-gan), which is for 128
-pixels; other resolutions end (G) and start (D) with the same widths.
+Residual bodies and widths are those of the authors' code (brain-research/self-attention-gan), which is for
+128 pixels; other resolutions end (G) and start (D) with the same widths.
 """
 
 import itertools
@@ -28,8 +28,8 @@ WIDEST = 16  # times ngf or ndf
 class Generator(ResidualGenerator):
     """z [N, z_dim] and one-hot labels c [N, c_dim] -> images [N, channels, R, R] in (-1, 1).
 
-    ngf channels at the full resolution, twice as many at each halving, up to 16 ngf. Labels choose the gain and
-    shift of every BatchNorm but the last; c_dim 0 leaves plain BatchNorm.
+    ngf channels at the full resolution, twice as many at each halving, up to 16 ngf. Labels choose the gain
+    and shift of every BatchNorm but the last; c_dim 0 leaves plain BatchNorm.
     """
 
     def __init__(
