@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from family_cases import CPU, TINY, exact_calls, tiny_config
+from family_cases import CPU, exact_calls, tiny_config
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -91,7 +91,9 @@ def check_compiled(arch: str, phase: str, compile, **options) -> None:
 @pytest.mark.parametrize("arch", PRESETS)
 def test_traced_gradients_equal_eager_ones(arch: str, phase: str):
     """One graph, double backward included, in float64, as the compiler takes it over: without code."""
-    check_compiled(arch, phase, lambda f: torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=False))
+    check_compiled(
+        arch, phase, lambda f: torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=False)
+    )
 
 
 @pytest.mark.exhaustive
