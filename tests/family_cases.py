@@ -28,7 +28,7 @@ TINY: dict[str, dict[str, Any]] = {
         "fade_kimg": 0.02,
     },
     "sagan": {"ngf": 2, "ndf": 2, "attention": 8, "resolution": 16},
-    "biggan": {"ngf": 2, "ndf": 2, "attention": 8, "resolution": 16, "z_dim": 8, "shared_dim": 4},
+    "biggan": {"ngf": 2, "ndf": 2, "attention": 8, "resolution": 16, "z_dim": 9, "shared_dim": 4},
     "stylegan1": STYLES | {"r1_every": 2},
     "stylegan": STYLES | {"r1_every": 2, "pl_every": 2},
     "r3gan": {"width": 8, "cardinality": 2},
@@ -40,8 +40,7 @@ def tiny_config(arch: str, **options: Any) -> Config:
     """Unconditional families stay so; conditional ones know three classes."""
     given = {"z_dim": 8} if arch != "cyclegan" else {}
     given |= {"resolution": 8, "batch": 4, "device": "cpu", "precision": "fp32"} | TINY[arch] | options
-    config = make_config(arch, **given)
-    return make_config(arch, **given, classes=3) if config.cond else config
+    return make_config(arch, **({"classes": 3} if PRESETS[arch].get("cond") else {}), **given)
 
 
 def exact_calls(arch: str, **options: Any) -> list[PhaseCall]:
