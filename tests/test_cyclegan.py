@@ -163,7 +163,7 @@ def test_penalties_are_half_the_papers_sums(identity: float):
         torch.testing.assert_close(terms[name], value)
 
 
-def plain_cogan(G: nn.Module, D: nn.Module) -> tuple[Callable, Callable]:
+def plain_cogan(G: Any, D: Any) -> tuple[Callable, Callable]:
     """CoGAN as two GANs whose modules are partly the same, run one by one by PyTorch."""
 
     def generate(z: Tensor) -> Tensor:
