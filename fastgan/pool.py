@@ -29,7 +29,7 @@ def from_pool(pool: Tensor, filled: Tensor, fakes: Tensor, draws: Tensor) -> Ten
     Each half of the channels has a pool of its own: K images in pool [K, 2C, R, R], of which the first
     `filled` (an int64 scalar) are there. One pair after the other: while the pools fill, a pair is stored and
     shown; then each half is with probability 1/2 shown itself, else it takes the place of a stored image,
-    which is shown. draws [N, 2] uniform in [0, 1): below 1/2 a half is shown itself, the rest tells the place.
+    which is shown. draws [N, 2] uniform in [0, 1): below 1/2 a half is shown itself, the rest is the place.
 
     Nothing is read back and no shape depends on the data.
     """

@@ -31,7 +31,7 @@ def inverted(gray: torch.Tensor) -> torch.Tensor:
 
 
 def edges(gray: torch.Tensor) -> torch.Tensor:
-    """The morphological gradient, over 3x3 pixels the brightest less the darkest; its largest value is 255."""
+    """The morphological gradient: over 3x3 pixels the brightest less the darkest, scaled to 255 at most."""
     bright = gray.float()
     gradient = F.max_pool2d(bright, 3, 1, 1) + F.max_pool2d(-bright, 3, 1, 1)
     return (gradient * (255 / gradient.amax((1, 2, 3), keepdim=True))).round().to(torch.uint8)
@@ -75,7 +75,7 @@ def parse(data: str) -> tuple[str, str]:
 
 
 def load_digits(data: str, resolution: int, channels: int) -> ImageSet:
-    """The digits that `data` names, white on black, 0..255, enlarged with a bicubic filter to resolution >= 8.
+    """The digits that `data` names, 0..255, enlarged with a bicubic filter to resolution >= 8.
 
     Raises UsageError for an unknown name and for colors in gray images.
     """
