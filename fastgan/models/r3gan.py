@@ -85,10 +85,25 @@ class Block(nn.Module):
         self.bias1 = nn.Parameter(torch.zeros(inner))
         self.bias2 = nn.Parameter(torch.zeros(inner))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = bias_act(self.conv1(x), self.bias1, act="lrelu", alpha=SLOPE, gain=1.0)
-        y = bias_act(self.conv2(y), self.bias2, act="lrelu", alpha=SLOPE, gain=1.0)
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        y = _bias_lrelu(self.conv1(x), self.bias1, scale)
+        y = _bias_lrelu(self.conv2(y), self.bias2, scale)
         return x + self.conv3(y)
+
+
+def _bias_lrelu(x: Tensor, b: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is not None:
+        x = x + (scale * b)[:, :, None, None].to(x.dtype)
+    return bias_act(x, b if scale is None else None, act="lrelu", alpha=SLOPE, gain=1.0)
+
+
+class Stage(nn.ModuleList):
+    """The residual blocks of one resolution."""
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        for block in self:
+            x = block(x, scale)
+        return x
 
 
 def _stages(sizes: list[tuple[int, int]], blocks: int, expansion: int, kernel: int) -> nn.ModuleList:
@@ -96,7 +111,7 @@ def _stages(sizes: list[tuple[int, int]], blocks: int, expansion: int, kernel: i
         raise ValueError(f"kernel must be odd: got {kernel}")
     depth = blocks * len(sizes)
     return nn.ModuleList(
-        nn.Sequential(*(Block(*size, expansion, kernel, depth) for _ in range(blocks))) for size in sizes
+        Stage(Block(*size, expansion, kernel, depth) for _ in range(blocks)) for size in sizes
     )
 
 
@@ -168,6 +183,9 @@ class Discriminator(nn.Module):
 
     A stage's 2x downsampling comes behind its blocks; a basis of 4x4, one for each channel, ends the last. With
     labels the logit is <W features, E c>, the product with the label's embedding.
+
+    `scale` [N, 1] multiplies all biases of a sample. Logits are piecewise linear in the image and homogeneous in
+    (image, scale), which `losses.homogeneous_logits` makes use of.
     """
 
     resample_filter: Tensor
@@ -199,12 +217,12 @@ class Discriminator(nn.Module):
             self.embedding = _normal(width**-0.5, c_dim, width, c_dim)
         self.register_buffer("resample_filter", setup_filter(BLUR), persistent=False)
 
-    def features(self, img: Tensor, c: Tensor | None = None) -> Tensor:
+    def features(self, img: Tensor, c: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """The last hidden representation [N, width]."""
         x = self.from_rgb(img.to(self.dtype or img.dtype))
         for stage, transition in zip(self.stages[:-1], self.transitions, strict=True):
-            x = transition(downsample2d(stage(x), self.resample_filter))
-        return (self.stages[-1](x).to(img.dtype) * self.basis).sum(dim=(2, 3))
+            x = transition(downsample2d(stage(x, scale), self.resample_filter))
+        return (self.stages[-1](x, scale).to(img.dtype) * self.basis).sum(dim=(2, 3))
 
     def head(self, features: Tensor, c: Tensor | None = None) -> Tensor:
         """Logits [N, 1]."""
@@ -212,5 +230,5 @@ class Discriminator(nn.Module):
         y = F.linear(features, self.project)
         return y if c is None or self.c_dim == 0 else (y * F.linear(c, self.embedding)).sum(1, keepdim=True)
 
-    def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
-        return self.head(self.features(img), c)
+    def forward(self, img: Tensor, c: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        return self.head(self.features(img, c, scale), c)
