@@ -86,7 +86,8 @@ def path_length(
 def orthogonal(weights: Iterable[Tensor]) -> Tensor:
     """sum over W of ||W W^T o (1 - I)||_F^2 (Brock et al. 2018, equation 3, with W transposed).
 
-    W [rows, ...] is read as a matrix: different filters are to be orthogonal, of whatever norm. BigGAN-PyTorch's gradient, 2 (W W^T o (1 - I)) W, is half of this one's: its strength 1e-4 is 5e-5 here.
+    W [rows, ...] is read as a matrix: different filters are to be orthogonal, of whatever norm.
+    BigGAN-PyTorch's gradient, 2 (W W^T o (1 - I)) W, is half of this one's: its strength 1e-4 is 5e-5 here.
     """
     grams = [w @ w.t() for w in (weight.flatten(1) for weight in weights)]
     return torch.stack([(gram - gram.diagonal().diag()).square().sum() for gram in grams]).sum()
