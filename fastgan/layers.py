@@ -307,8 +307,8 @@ class ProjectionDiscriminator(nn.Module):
             nn.init.orthogonal_(self.embed.weight)
             spectral_norm(self.embed)
 
-    def features(self, img: Tensor) -> Tensor:
-        """images [N, C, R, R] -> h [N, width], in the images' dtype."""
+    def features(self, img: Tensor, c: Tensor | None = None) -> Tensor:
+        """images [N, C, R, R] -> h [N, width], in the images' dtype; labels have no part yet."""
         x = img.to(self.dtype or img.dtype)
         for block in self.blocks:
             x = block(x)
