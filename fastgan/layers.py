@@ -685,7 +685,7 @@ class ProjectionDiscriminator(nn.Module):
             spectral_norm(self.embed)
 
     def features(self, img: Tensor, c: Tensor | None = None) -> Tensor:
-        """images [N, C, R, R] -> h [N, width], in the images' dtype."""
+        """images [N, C, R, R] -> h [N, width], in the images' dtype; labels have no part yet."""
         x = img.to(self.dtype or img.dtype)
         for block in self.blocks:
             x = block(x)

@@ -332,12 +332,8 @@ def test_folded_resampling_is_the_plain_one(up: int, down: int, kernel: int):
 
 def test_spectral_norm_bounds_every_weight_of_any_network():
     torch.manual_seed(0)
-    conv, norm, up, one = (
-        nn.Conv2d(3, 4, 3),
-        nn.BatchNorm2d(4),
-        nn.ConvTranspose2d(4, 2, 3),
-        nn.Conv2d(2, 2, 1),
-    )
+    conv, norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+    up, one = nn.ConvTranspose2d(4, 2, 3), nn.Conv2d(2, 2, 1)
     net = nn.Sequential(conv, norm, up, spectral_norm(one))
     add_spectral_norm(net)
     for _ in range(50):
@@ -413,8 +409,15 @@ def generator_phase(G, D, z, c, real, real_c):
     return loss.detach(), torch.autograd.grad(loss, list(G.parameters()))
 
 
-@pytest.mark.parametrize("phase", [discriminator_phase, generator_phase])
-@pytest.mark.parametrize("arch", ["sagan", "biggan", "biggan deep"])
+@pytest.mark.parametrize(
+    ("arch", "phase"),
+    [
+        ("sagan", discriminator_phase),
+        ("biggan", discriminator_phase),
+        ("biggan", generator_phase),
+        ("biggan deep", discriminator_phase),
+    ],
+)
 def test_compiled_gradients_are_the_eager_ones(arch: str, phase):
     torch._dynamo.config.trace_autograd_ops = True  # as compile_phase
     nets = [net.double() for net in pair(arch, resolution=8)]
