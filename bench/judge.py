@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastgan.data import load_images
 from fastgan.data.digits import stored_digits
 
+EPOCHS = 60  # of training a classifier
 Reader = Callable[[np.ndarray], Tensor]  # images uint8 [N, H, W, C] -> classes int64 [N]
 
 
@@ -38,7 +39,7 @@ def as_arrays(images: Tensor) -> np.ndarray:
     return images.permute(0, 2, 3, 1).numpy()
 
 
-def train_classifier(images: Tensor, labels: Tensor, epochs: int = 60) -> nn.Sequential:
+def train_classifier(images: Tensor, labels: Tensor) -> nn.Sequential:
     """A CNN for images [N, 1, 8, 8] in 0..1, trained on [N, 8, 8]. Same images, same threads, same CNN."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -55,7 +56,7 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int = 60) -> nn.Seq
             nn.Linear(128, 10),
         )
         optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-        for _ in range(epochs):
+        for _ in range(EPOCHS):
             for batch in torch.randperm(len(images)).split(64):
                 x = images[batch, None] + 0.05 * torch.randn(len(batch), 1, 8, 8)
                 loss = F.cross_entropy(net(x), labels[batch])
@@ -138,12 +139,12 @@ def asked_class(images: np.ndarray, asked: Tensor) -> float:
     return accuracy(classifier(), shrink(images), asked)
 
 
-def tstr(images: np.ndarray, asked: Tensor, epochs: int = 60) -> float:
+def tstr(images: np.ndarray, asked: Tensor) -> float:
     """Train on synthetic, test on real: held-out digits that a classifier of these images alone gets right.
 
     Says something about digits never seen only if the GAN has learned `digits:train`.
     """
-    return accuracy(train_classifier(shrink(images), asked, epochs), *real_digits("test"))
+    return accuracy(train_classifier(shrink(images), asked), *real_digits("test"))
 
 
 @torch.no_grad()

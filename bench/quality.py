@@ -92,7 +92,9 @@ def _main(argv: Sequence[str] | None) -> int:
     if args.picture:
         first = args.seeds[0]
         drawn = {row: families.run_folder(args.out, row, first) for row in rows if results[row][first]}
-        picture({row: families.strips(*families.load(folder), ACROSS) for row, folder in drawn.items()})
+        picture(
+            {row: families.strips(*families.load(folder), ACROSS) for row, folder in drawn.items()}, PICTURE
+        )
         print(f"\npicture: {PICTURE}")
     return 0 if all(verdicts) else 1
 
@@ -134,7 +136,7 @@ def table_line(row: str, runs: list[Figures | None]) -> tuple[str, bool]:
     return f"| {' | '.join([name, *cells, 'yes' if met else f'no{failed}'])} |", met
 
 
-def picture(rows: dict[str, list[np.ndarray]], path: Path = PICTURE) -> None:
+def picture(rows: dict[str, list[np.ndarray]], path: Path) -> None:
     """The strips of images uint8 [ACROSS, R, R, C] of each row below one another, its name before them."""
     height = TILE * sum(len(strips) for strips in rows.values())
     sheet = Image.new("RGB", (LABEL + ACROSS * TILE, height), "white")

@@ -5,7 +5,9 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fastgan.data import folder, load_images
+from fastgan.data import ImageSet, folder, load_images
 from fastgan.data.digits import FILE
 
 # The digits
@@ -30,6 +32,21 @@ def test_digits_are_the_uci_set():
     assert digits.labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     first_rows = torch.tensor([[0, 0, 5, 13, 9, 1, 0, 0], [0, 0, 13, 15, 10, 15, 5, 0]])
     assert torch.equal(digits.images[0, 0, :2], (first_rows * 255 / 16).round().to(torch.uint8))
+
+
+def test_digits_are_split_into_two_parts():
+    parts = [load_images(f"digits:{part}", 8, channels=1) for part in ("train", "test")]
+    assert [(len(part), part.name) for part in parts] == [(1400, "digits:train"), (397, "digits:test")]
+    whole = load_images("digits", 8, channels=1)
+
+    def counted(sets: list[ImageSet]) -> Counter[tuple[bytes, int]]:
+        """How often each image with its label is there."""
+        labels = [label for part in sets for label in cast(torch.Tensor, part.labels).tolist()]
+        images = [image.numpy().tobytes() for part in sets for image in part.images]
+        return Counter(zip(images, labels, strict=True))
+
+    assert counted(parts) == counted([whole])
+    assert parts[1].labels is not None and parts[1].labels.bincount().min() > 20
 
 
 def test_digits_file_holds_the_originals_and_their_credit():
@@ -68,6 +85,9 @@ def test_too_small_a_resolution_is_an_error(data: Path):
 def test_bad_arguments_are_errors():
     assert "--channels 4" in message("digits", 8, channels=4)
     assert "--crop left" in message("digits", 8, crop="left")
+    way_out = "there are digits, digits:train, digits:test"
+    assert message("digits:tset", 8) == f"--data digits:tset is unknown; {way_out}"
+    assert message("digits:", 8) == f"--data digits: is unknown; {way_out}"
 
 
 # Folders
