@@ -3,7 +3,8 @@
 Logits are raw discriminator outputs, [N, 1] or a map of patches; every loss is a mean over all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from operator import add
 from typing import NamedTuple
 
 import torch
@@ -11,9 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def logistic_d(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean softplus(-real), mean softplus(fake)): the minimax game's D (Goodfellow et al. 2014)."""
-    return F.softplus(-real).mean(), F.softplus(fake).mean()
+def logistic_d(real: Tensor, fake: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(mean softplus(-real), mean softplus(fake)): the minimax game's D (Goodfellow et al. 2014).
+
+    Labels of 1 - smoothing for reals (Salimans et al. 2016, section 3.4) add smoothing * mean real.
+    """
+    loss_real = F.softplus(-real).mean()
+    if smoothing:
+        loss_real = loss_real + smoothing * real.mean()
+    return loss_real, F.softplus(fake).mean()
+
+
+def minimax_g(fake: Tensor) -> Tensor:
+    """-mean softplus(fake) = mean log(1 - sigmoid(fake)) (Goodfellow et al. 2014, equation 1)."""
+    return -F.softplus(fake).mean()
 
 
 def non_saturating_g(fake: Tensor) -> Tensor:
@@ -26,24 +38,91 @@ def hinge_d(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
     return F.relu(1 - real).mean(), F.relu(1 + fake).mean()
 
 
-def hinge_g(fake: Tensor) -> Tensor:
-    """-mean fake (Lim and Ye 2017, equation 7)."""
+def least_squares_d(real: Tensor, fake: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(mean (real - 1 + smoothing)^2, mean fake^2): twice equation 9 of Mao et al. 2016."""
+    return (real - (1 - smoothing)).square().mean(), fake.square().mean()
+
+
+def least_squares_g(fake: Tensor) -> Tensor:
+    """mean (fake - 1)^2: twice equation 9 of Mao et al. 2016."""
+    return (fake - 1).square().mean()
+
+
+def wasserstein_d(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """(-mean real, mean fake) (Arjovsky et al. 2017, equation 3)."""
+    return -real.mean(), fake.mean()
+
+
+def critic_g(fake: Tensor) -> Tensor:
+    """-mean fake (Lim and Ye 2017, equation 7; Arjovsky et al. 2017, algorithm 1)."""
     return -fake.mean()
 
 
+def relativistic(ours: Tensor, theirs: Tensor) -> Tensor:
+    """mean softplus(theirs - ours), in pairs; ours are the reals for D, the fakes for G.
+
+    Jolicoeur-Martineau 2018, logistic; Huang et al. 2024, equation 2.
+    """
+    return F.softplus(theirs - ours).mean()
+
+
 class AdversarialLoss(NamedTuple):
-    d: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    g: Callable[[Tensor], Tensor]
+    d: Callable[[Tensor, Tensor, float], Tensor]  # of the logits of reals and fakes, and label smoothing
+    g: Callable[[Tensor, Tensor | None], Tensor]  # of the logits of fakes, and of reals if relativistic
+    smooths: bool = False
+    relativistic: bool = False
 
 
 LOSSES = {
-    "non-saturating": AdversarialLoss(logistic_d, non_saturating_g),
-    "hinge": AdversarialLoss(hinge_d, hinge_g),
+    "minimax": AdversarialLoss(
+        lambda real, fake, smoothing: add(*logistic_d(real, fake, smoothing)),
+        lambda fake, _: minimax_g(fake),
+        smooths=True,
+    ),
+    "non-saturating": AdversarialLoss(
+        lambda real, fake, smoothing: add(*logistic_d(real, fake, smoothing)),
+        lambda fake, _: non_saturating_g(fake),
+        smooths=True,
+    ),
+    "hinge": AdversarialLoss(lambda real, fake, _: add(*hinge_d(real, fake)), lambda fake, _: critic_g(fake)),
+    "least-squares": AdversarialLoss(
+        lambda real, fake, smoothing: add(*least_squares_d(real, fake, smoothing)),
+        lambda fake, _: least_squares_g(fake),
+        smooths=True,
+    ),
+    "wasserstein": AdversarialLoss(
+        lambda real, fake, _: add(*wasserstein_d(real, fake)), lambda fake, _: critic_g(fake)
+    ),
+    "relativistic": AdversarialLoss(
+        lambda real, fake, _: relativistic(real, fake),
+        lambda fake, real: relativistic(fake, real),
+        relativistic=True,
+    ),
 }
 
 
 def _precise(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def feature_matching(real: Tensor, fake: Tensor) -> Tensor:
+    """||mean_n real_n - mean_n fake_n||^2 of D's features [N, ...] (Salimans et al. 2016, section 3.1)."""
+    return (_precise(real).mean(dim=0) - _precise(fake).mean(dim=0)).square().sum()
+
+
+def drift(real: Tensor) -> Tensor:
+    """mean real^2, which keeps a critic's logits near zero (Karras et al. 2017, appendix A.1)."""
+    return _precise(real).square().mean()
+
+
+def orthogonal(weights: Iterable[Tensor]) -> Tensor:
+    """sum over W of ||(W W^T) * (1 - I)||^2, W [out, ...] flattened to rows (Brock et al. 2018, equation 3).
+
+    Its gradient is 4 ((W W^T) * (1 - I)) W: BigGAN-PyTorch's strength is twice the weight of this.
+    """
+    rows = [_precise(weight).flatten(1) for weight in weights]
+    grams = [row @ row.t() for row in rows]
+    return torch.stack([(gram - gram.diagonal().diag()).square().sum() for gram in grams]).sum()
 
 
 def gradient_square(logits: Tensor, x: Tensor) -> Tensor:

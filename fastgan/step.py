@@ -45,9 +45,8 @@ def d_phase(
     if r1_weight > 0:
         real = real.detach().requires_grad_()
     real_logits, fake_logits = D(real), D(fake)
-    loss_real, loss_fake = LOSSES[loss].d(real_logits, fake_logits)
     losses = {
-        "loss_d": loss_real + loss_fake,
+        "loss_d": LOSSES[loss].d(real_logits, fake_logits, 0.0),
         "real_score": real_logits.mean(),
         "fake_score": fake_logits.mean(),
     }
@@ -63,7 +62,7 @@ def g_phase(
 ) -> PhaseResult:
     """Gradients for G of its adversarial loss: normal [N, G.normals], uniform [N, G.uniforms]."""
     fake, _ = G.sample(normal, uniform)
-    losses = {"loss_g": LOSSES[loss].g(D(fake))}
+    losses = {"loss_g": LOSSES[loss].g(D(fake), None)}
     return _result(losses, losses["loss_g"], G)
 
 
@@ -85,7 +84,7 @@ def g_path_phase(
     pl_normal [M, G.normals], pl_uniform [M, G.uniforms], pl_noise ~ N(0, 1) [M, C, R, R], pl_mean a scalar.
     """
     fake, _ = G.sample(normal, uniform)
-    losses = {"loss_g": LOSSES[loss].g(D(fake))}
+    losses = {"loss_g": LOSSES[loss].g(D(fake), None)}
     pl_normal = pl_normal.detach().requires_grad_()  # where a family's ws are its z
     images, ws = G.sample(pl_normal, pl_uniform)
     penalty, pl_mean, _ = path_length(images, ws, pl_noise, pl_mean, pl_decay)
