@@ -4,6 +4,7 @@ Logits are raw discriminator outputs, [N, 1] or a map of patches; every loss is 
 """
 
 from collections.abc import Callable, Iterable
+from operator import add
 from typing import NamedTuple
 
 import torch
@@ -14,14 +15,16 @@ from torch import Tensor
 def logistic_d(real: Tensor, fake: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """(mean softplus(-real), mean softplus(fake)): the minimax game's D (Goodfellow et al. 2014).
 
-    With one-sided label smoothing (Salimans et al. 2016, section 3.4) the target of reals is 1 - smoothing:
-    the first is mean ((1 - smoothing) softplus(-real) + smoothing softplus(real)).
+    Labels of 1 - smoothing for reals (Salimans et al. 2016, section 3.4) add smoothing * mean real.
     """
-    return (F.softplus(-real) + smoothing * real).mean(), F.softplus(fake).mean()
+    loss_real = F.softplus(-real).mean()
+    if smoothing:
+        loss_real = loss_real + smoothing * real.mean()
+    return loss_real, F.softplus(fake).mean()
 
 
 def minimax_g(fake: Tensor) -> Tensor:
-    """mean log(1 - sigmoid(fake)) = -mean softplus(fake) (Goodfellow et al. 2014, equation 1)."""
+    """-mean softplus(fake) = mean log(1 - sigmoid(fake)) (Goodfellow et al. 2014, equation 1)."""
     return -F.softplus(fake).mean()
 
 
@@ -35,70 +38,64 @@ def hinge_d(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
     return F.relu(1 - real).mean(), F.relu(1 + fake).mean()
 
 
-def hinge_g(fake: Tensor) -> Tensor:
-    """-mean fake (Lim and Ye 2017, equation 7)."""
-    return -fake.mean()
-
-
 def least_squares_d(real: Tensor, fake: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """(mean (real - b)^2, mean fake^2) with b = 1 - smoothing (Mao et al. 2017, equation 2 with a = 0, b = 1,
-    without its halves)."""
-    return (real - 1 + smoothing).square().mean(), fake.square().mean()
+    """(mean (real - 1 + smoothing)^2, mean fake^2): twice equation 9 of Mao et al. 2016."""
+    return (real - (1 - smoothing)).square().mean(), fake.square().mean()
 
 
 def least_squares_g(fake: Tensor) -> Tensor:
-    """mean (fake - 1)^2 (Mao et al. 2017, equation 2 with c = 1, without its half)."""
+    """mean (fake - 1)^2: twice equation 9 of Mao et al. 2016."""
     return (fake - 1).square().mean()
 
 
 def wasserstein_d(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-    """(-mean real, mean fake) (Arjovsky et al. 2017, equation 2)."""
+    """(-mean real, mean fake) (Arjovsky et al. 2017, equation 3)."""
     return -real.mean(), fake.mean()
 
 
-def wasserstein_g(fake: Tensor) -> Tensor:
-    """-mean fake (Arjovsky et al. 2017)."""
+def critic_g(fake: Tensor) -> Tensor:
+    """-mean fake (Lim and Ye 2017, equation 7; Arjovsky et al. 2017, algorithm 1)."""
     return -fake.mean()
 
 
-def relativistic_d(real: Tensor, fake: Tensor) -> Tensor:
-    """mean softplus(fake - real), each real logit paired with a fake one (Huang et al. 2024, RpGAN)."""
-    return F.softplus(fake - real).mean()
+def relativistic(ours: Tensor, theirs: Tensor) -> Tensor:
+    """mean softplus(theirs - ours), in pairs; ours are the reals for D, the fakes for G.
 
-
-def relativistic_g(real: Tensor, fake: Tensor) -> Tensor:
-    """mean softplus(real - fake): the other side of `relativistic_d`, with real logits of the same batch size."""
-    return F.softplus(real - fake).mean()
+    Jolicoeur-Martineau 2018, logistic; Huang et al. 2024, equation 2.
+    """
+    return F.softplus(theirs - ours).mean()
 
 
 class AdversarialLoss(NamedTuple):
-    d: Callable[[Tensor, Tensor, float], Tensor]  # real and fake logits, label smoothing
-    g: Callable[[Tensor, Tensor | None], Tensor]  # fake and, where relativistic, real logits
-    smooths: bool = False  # label smoothing has a meaning
-    relativistic: bool = False  # g needs real logits
-
-
-def _apart(
-    d: Callable[..., tuple[Tensor, Tensor]], g: Callable[[Tensor], Tensor], smooths: bool = False
-) -> AdversarialLoss:
-    """A loss whose parts know either real or generated images: D minimises the sum of its two."""
-
-    def both(real: Tensor, fake: Tensor, smoothing: float = 0.0) -> Tensor:
-        of_real, of_fake = d(real, fake, smoothing) if smooths else d(real, fake)
-        return of_real + of_fake
-
-    return AdversarialLoss(both, lambda fake, real=None: g(fake), smooths)
+    d: Callable[[Tensor, Tensor, float], Tensor]  # of the logits of reals and fakes, and label smoothing
+    g: Callable[[Tensor, Tensor | None], Tensor]  # of the logits of fakes, and of reals if relativistic
+    smooths: bool = False
+    relativistic: bool = False
 
 
 LOSSES = {
-    "minimax": _apart(logistic_d, minimax_g, smooths=True),
-    "non-saturating": _apart(logistic_d, non_saturating_g, smooths=True),
-    "hinge": _apart(hinge_d, hinge_g),
-    "least-squares": _apart(least_squares_d, least_squares_g, smooths=True),
-    "wasserstein": _apart(wasserstein_d, wasserstein_g),
+    "minimax": AdversarialLoss(
+        lambda real, fake, smoothing: add(*logistic_d(real, fake, smoothing)),
+        lambda fake, _: minimax_g(fake),
+        smooths=True,
+    ),
+    "non-saturating": AdversarialLoss(
+        lambda real, fake, smoothing: add(*logistic_d(real, fake, smoothing)),
+        lambda fake, _: non_saturating_g(fake),
+        smooths=True,
+    ),
+    "hinge": AdversarialLoss(lambda real, fake, _: add(*hinge_d(real, fake)), lambda fake, _: critic_g(fake)),
+    "least-squares": AdversarialLoss(
+        lambda real, fake, smoothing: add(*least_squares_d(real, fake, smoothing)),
+        lambda fake, _: least_squares_g(fake),
+        smooths=True,
+    ),
+    "wasserstein": AdversarialLoss(
+        lambda real, fake, _: add(*wasserstein_d(real, fake)), lambda fake, _: critic_g(fake)
+    ),
     "relativistic": AdversarialLoss(
-        lambda real, fake, smoothing=0.0: relativistic_d(real, fake),
-        lambda fake, real: relativistic_g(real, fake),
+        lambda real, fake, _: relativistic(real, fake),
+        lambda fake, real: relativistic(fake, real),
         relativistic=True,
     ),
 }
@@ -106,6 +103,26 @@ LOSSES = {
 
 def _precise(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def feature_matching(real: Tensor, fake: Tensor) -> Tensor:
+    """||mean_n real_n - mean_n fake_n||^2 of D's features [N, ...] (Salimans et al. 2016, section 3.1)."""
+    return (_precise(real).mean(dim=0) - _precise(fake).mean(dim=0)).square().sum()
+
+
+def drift(real: Tensor) -> Tensor:
+    """mean real^2, which keeps a critic's logits near zero (Karras et al. 2017, appendix A.1)."""
+    return _precise(real).square().mean()
+
+
+def orthogonal(weights: Iterable[Tensor]) -> Tensor:
+    """sum over W of ||(W W^T) * (1 - I)||^2, W [out, ...] flattened to rows (Brock et al. 2018, equation 3).
+
+    Its gradient is 4 ((W W^T) * (1 - I)) W: BigGAN-PyTorch's strength is twice the weight of this.
+    """
+    rows = [_precise(weight).flatten(1) for weight in weights]
+    grams = [row @ row.t() for row in rows]
+    return torch.stack([(gram - gram.diagonal().diag()).square().sum() for gram in grams]).sum()
 
 
 def gradient_square(logits: Tensor, x: Tensor) -> Tensor:
@@ -117,9 +134,7 @@ def gradient_square(logits: Tensor, x: Tensor) -> Tensor:
     return _precise(grad).square().flatten(1).sum(dim=1).mean()
 
 
-def homogeneous_logits(
-    critic: Callable[[Tensor, Tensor], Tensor], x: Tensor
-) -> tuple[Tensor, Tensor]:
+def homogeneous_logits(critic: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """(logits [N, 1], d sum(logits) / d x) of a critic(x, scale) that is homogeneous of degree one in (x, scale).
 
     Such is one of linear maps, LeakyReLUs, and biases that scale [N, 1] multiplies, if no sample sees another.
@@ -161,23 +176,3 @@ def path_length(
     lengths = (squares if squares.ndim == 1 else squares.mean(dim=1)).sqrt()
     mean = mean.lerp(lengths.mean(), decay)
     return (lengths - mean).square().mean(), mean.detach(), lengths.detach()
-
-
-def drift(real: Tensor) -> Tensor:
-    """mean real^2, which keeps a Wasserstein critic near zero (Karras et al. 2017, appendix A.1)."""
-    return real.square().mean()
-
-
-def feature_matching(real: Tensor, fake: Tensor) -> Tensor:
-    """||E f(real) - E f(fake)||^2 for D's hidden features f [N, ...] (Salimans et al. 2016, section 3.1)."""
-    return (_precise(real).mean(dim=0) - _precise(fake).mean(dim=0)).square().sum()
-
-
-def orthogonal(weights: Iterable[Tensor]) -> Tensor:
-    """sum over W of ||W W^T o (1 - I)||_F^2 (Brock et al. 2018, equation 3, with W for their W^T).
-
-    W [rows, ...] is read as a matrix: different filters are to be orthogonal, of whatever norm.
-    BigGAN-PyTorch's gradient, 2 (W W^T o (1 - I)) W, is half of this one's: its strength 1e-4 is 5e-5 here.
-    """
-    grams = [w @ w.t() for w in (weight.flatten(1) for weight in weights)]
-    return torch.stack([(gram - gram.diagonal().diag()).square().sum() for gram in grams]).sum()
