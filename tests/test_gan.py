@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastgan.layers import run_layers
 from fastgan.losses import gradient_penalty, gradient_square, non_saturating_g
 from fastgan.models import cgan, dcgan, gan, wgan, wgan_gp
 
@@ -146,6 +147,15 @@ def test_fused_networks_are_their_layers_in_a_row(family: str, training: bool):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * max(b.abs().max().item(), 1))
         for (name, a), b in zip(ours.named_buffers(), theirs.buffers(), strict=True):
             torch.testing.assert_close(a, b, msg=name)
+
+
+def test_normalisation_without_an_activation():
+    x = torch.randn(3, 2, 6, 6, dtype=torch.float64)
+    for norm in (nn.BatchNorm2d(4), nn.InstanceNorm2d(4, affine=True), nn.GroupNorm(1, 4)):
+        layers = nn.Sequential(nn.Conv2d(2, 4, 3), norm).double()
+        torch.testing.assert_close(run_layers(layers, x, None), layers(x))
+    layers = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)).double()
+    torch.testing.assert_close(run_layers(layers, x[:, 0, 0], None), layers(x[:, 0, 0]))
 
 
 def test_parameter_counts():
