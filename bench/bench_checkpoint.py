@@ -12,23 +12,23 @@ from bench.settings import configs, rounds
 from fastgan.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from fastgan.config import Config
 from fastgan.engine import Engine
-from fastgan.limit import random_images
+from fastgan.limit import random_step
 from fastgan.profile import timed
 
 EAGER = [case for case in configs() if not case.values[0].compile]
 
 
-def stepped(config: Config) -> tuple[Engine, torch.Tensor]:
+def stepped(config: Config) -> tuple[Engine, tuple[torch.Tensor, torch.Tensor | None]]:
     """An engine whose optimizers have state."""
     device = torch.device(config.device)
-    engine, real = Engine(config, device), random_images(config, device)
-    engine.step(real)
-    return engine, real
+    engine, batch = Engine(config, device), random_step(config, device)
+    engine.step(*batch)
+    return engine, batch
 
 
 @pytest.mark.parametrize("config", EAGER)
 def test_writing(benchmark, config: Config, tmp_path: Path):
-    engine, real = stepped(config)
+    engine, batch = stepped(config)
 
     def write():
         save_checkpoint(tmp_path, engine.state(), engine.images, keep=1)
@@ -36,8 +36,8 @@ def test_writing(benchmark, config: Config, tmp_path: Path):
     benchmark.pedantic(write, rounds=rounds(benchmark, 4), warmup_rounds=1)
     seconds = benchmark.stats.stats.median
     (file,) = checkpoints(tmp_path)
-    step = timed(lambda: engine.step(real), engine.device, 0.0)
-    between = config.checkpoint_kimg * 1000 / config.batch * step
+    step = timed(lambda: engine.step(*batch), engine.device, 0.0)
+    between = config.checkpoint_kimg * 1000 / config.step_images * step
     benchmark.extra_info.update(
         megabytes=round(file.stat().st_size / 1e6, 1),
         megabytes_per_second=round(file.stat().st_size / 1e6 / seconds, 1),

@@ -15,6 +15,7 @@ from PIL import Image
 from bench.settings import configs, rounds, speed
 from fastgan.config import Config
 from fastgan.data import Feed, load_images
+from fastgan.data.feed import Batch
 from fastgan.engine import Engine
 from fastgan.limit import synchronize
 from fastgan.profile import timed
@@ -35,7 +36,12 @@ def folder(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.M
     return str(tmp_path / "photos")
 
 
-EAGER = [case for case in configs() if not case.values[0].compile]
+# A feed knows nothing of the family that it feeds: those with classes and with two domains are left out.
+EAGER = [
+    case
+    for case in configs()
+    if not (case.values[0].compile or case.values[0].cond or case.values[0].domains > 1)
+]
 
 
 @pytest.mark.parametrize("resident", [True, False], ids=["resident", "streamed"])
@@ -48,20 +54,20 @@ def test_feed(benchmark, config: Config, source: str, resident: bool, folder: st
     feed = Feed(images, device, mirror=True, resident=resident)
     drawn = 0
 
-    def batch() -> torch.Tensor:
+    def batch() -> Batch:
         nonlocal drawn
-        real, _ = feed.batch(drawn, config.batch)
-        drawn += config.batch
+        drawn_now = feed.batch(drawn, config.step_images)
+        drawn += config.step_images
         synchronize(device)
-        return real
+        return drawn_now
 
-    real = benchmark.pedantic(batch, rounds=rounds(benchmark, 50), warmup_rounds=3)
+    real, _ = benchmark.pedantic(batch, rounds=rounds(benchmark, 50), warmup_rounds=3)
     engine = Engine(config, device)
     seconds = benchmark.stats.stats.median
-    step = timed(lambda: engine.step(batch()), device, 0.0)
+    step = timed(lambda: engine.step(*batch()), device, 0.0)
     feed.close()
     benchmark.extra_info.update(speed(config, seconds), fraction_of_step=round(seconds / step, 4))
-    assert real.shape == (config.batch, config.channels, config.resolution, config.resolution)
+    assert real.shape == (config.step_images, config.channels, config.resolution, config.resolution)
 
 
 @pytest.mark.parametrize("config", EAGER)

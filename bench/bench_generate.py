@@ -9,8 +9,8 @@ import torch
 from bench.settings import configs, rounds, speed
 from fastgan.compiled import Phase
 from fastgan.config import Config, build_generator
-from fastgan.engine import place
-from fastgan.limit import PhaseCall, limit, synchronize
+from fastgan.engine import one_hot, place
+from fastgan.limit import PhaseCall, limit, random_images, synchronize
 
 # On a CPU Inductor takes longer to compile this than it saves in all rounds; bench.plain measures it.
 CASES = [c for c in configs() if torch.cuda.is_available() or not c.values[0].compile]
@@ -21,9 +21,14 @@ def test_generating(benchmark, config: Config):
     device = torch.device(config.device)
     G = build_generator(config).eval().requires_grad_(False)
     place(G, device)
-    z = torch.randn(config.batch, config.z_dim, device=device)
-    phase = Phase("generating", lambda G, z: G(z), device, config.compile)
-    call = PhaseCall(phase, (G, z), 1.0)
+    if getattr(G, "translates", False):
+        args: tuple = (random_images(config, device, updates=1) / 127.5 - 1,)
+    else:
+        labels = torch.arange(config.batch, device=device) % max(config.c_dim, 1)
+        c = one_hot(labels, config.c_dim) if config.cond else None
+        args = torch.randn(config.batch, config.z_dim, device=device), c
+    phase = Phase("generating", lambda G, *args: G(*args), device, config.compile)
+    call = PhaseCall(phase, (G, *args), 1.0)
 
     def run():
         with torch.no_grad():
@@ -36,4 +41,9 @@ def test_generating(benchmark, config: Config):
     seconds = benchmark.stats.stats.median
     benchmark.extra_info.update(speed(config, seconds))
     benchmark.extra_info.update(fraction_of_limit=round(limit(call, config.dtype) / seconds, 3))
-    assert images.shape == (config.batch, config.channels, config.resolution, config.resolution)
+    assert images.shape == (
+        config.batch,
+        config.domains * config.channels,
+        config.resolution,
+        config.resolution,
+    )

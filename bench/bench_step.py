@@ -10,25 +10,25 @@ import torch
 from bench.settings import configs, limit_of_step, rounds, speed
 from fastgan.config import Config
 from fastgan.engine import Engine
-from fastgan.limit import phase_calls, random_images
+from fastgan.limit import phase_calls, random_images, random_step
 from fastgan.profile import timed
 
 
 @pytest.mark.parametrize("config", list(configs()))
 def test_training_iteration(benchmark, config: Config):
     device = torch.device(config.device)
-    engine, real = Engine(config, device), random_images(config, device)
-    calls = phase_calls(engine, real)
-    period = round(1 / min(call.share for call in calls))
+    engine, batch = Engine(config, device), random_step(config, device)
+    calls = phase_calls(engine, random_images(config, device))
+    period = max(round(1 / min(call.share for call in calls)), 1)
 
     def steps():
         for _ in range(period):
-            engine.step(real)
+            engine.step(*batch)
         engine.take_losses()  # waits for the device
 
-    engine.step(real)  # both penalties
-    engine.step(real)  # neither: compiles D and G
-    a_round = period * timed(lambda: engine.step(real), device, 0.0)
+    engine.step(*batch)  # both penalties
+    engine.step(*batch)  # neither: compiles D and G
+    a_round = period * timed(lambda: engine.step(*batch), device, 0.0)
     benchmark.pedantic(steps, rounds=rounds(benchmark, min(max(int(20 / a_round), 2), 7)))
     seconds = benchmark.stats.stats.median / period
     benchmark.extra_info.update(speed(config, seconds))

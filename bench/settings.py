@@ -66,10 +66,10 @@ def rounds(benchmark: Any, full: int) -> int:
 
 
 def speed(config: Config, seconds: float) -> dict[str, float]:
-    """Of a batch that takes so many seconds."""
+    """Of a step that takes so many seconds."""
     return {
-        "images_per_second": round(config.batch / seconds, 2),
-        "seconds_per_kimg": round(1000 * seconds / config.batch, 4),
+        "images_per_second": round(config.step_images / seconds, 2),
+        "seconds_per_kimg": round(1000 * seconds / config.step_images, 4),
         "peak_memory_mib": peak_memory_mib(torch.device(config.device)),
     }
 

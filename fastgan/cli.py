@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
             "--arch", required=True, metavar="ARCH", help=f"what to train: {', '.join(PRESETS)}"
         )
         for field in dataclasses.fields(Config):
-            if field.name == "arch":
+            if field.name in ("arch", "classes"):  # the data says how many classes there are
                 continue
             values = {arch: preset.get(field.name, field.default) for arch, preset in PRESETS.items()}
             shown = {str(v) for arch, v in values.items() if applies(field, arch)}

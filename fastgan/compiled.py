@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 # A phase that runs at every step is compiled at once. A rare one runs eagerly until it has run this often, by
 # when compiling it would have paid for itself (README, "Compile time"). Which runs are compiled is a function
@@ -131,7 +131,10 @@ class Recording:
         return self.outputs
 
     def _load(self, args: Sequence[Any]) -> None:
-        for i, (mine, given) in enumerate(zip(self.inputs, args, strict=True)):
+        (ours, form), (theirs, given_form) = tree_flatten(self.inputs), tree_flatten(list(args))
+        if form != given_form:
+            raise ValueError(f"arguments were recorded as {form}: got {given_form}")
+        for i, (mine, given) in enumerate(zip(ours, theirs, strict=True)):
             if not isinstance(mine, Tensor):
                 if mine is not given and mine != given:
                     raise ValueError(f"argument {i} is a constant of the recording, {mine}: got {given}")
@@ -161,6 +164,7 @@ class Phase:
         compile: bool = False,
         every: int = 1,
         recordings: Recordings | None = None,
+        announce: Callable[[str], None] = lambda message: None,
     ):
         self.name, self.function, self.device = name, function, device
         self.compiled = compile_phase(function, device) if compile else None
@@ -168,7 +172,7 @@ class Phase:
         self.recording: Recording | None = None
         self.eager_steps = EAGER_RUNS_OF_A_RARE_PHASE * every if every > 1 else 0
         self.seconds: float | None = None
-        self.announce: Callable[[str], None] = lambda message: None
+        self.announce = announce
         self.helper: subprocess.Popen | None = None
 
     def __call__(self, step: int, *args: Any) -> Any:

@@ -2,27 +2,34 @@
 
 import dataclasses
 import difflib
+import functools
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from fastgan.augment import make_augment
+from fastgan.layers import add_spectral_norm
 from fastgan.losses import LOSSES
-from fastgan.models import Discriminator, Generator, dcgan, stylegan
+from fastgan.models import Discriminator, Generator, family
 
 
 class UsageError(Exception):
     """Bad input: one line that names the culprit and the way out. Commands print it and exit with code 2."""
 
 
-def _option(default: Any, help: str, archs: tuple[str, ...] = (), mutable: bool = False, choices=None) -> Any:
-    """A field and its flag's help; the `archs` it belongs to (empty: all); may a resumed run change it."""
-    metadata = {"help": help, "archs": archs, "mutable": mutable, "choices": choices}
+def _option(default: Any, help: str, network: bool = False, mutable: bool = False, choices=None) -> Any:
+    """A field and its flag's help. `network`: it applies to families whose networks take it; `mutable`: a
+    resumed run may change it."""
+    metadata = {"help": help, "network": network, "mutable": mutable, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-_STYLEGAN, _DCGAN = ("stylegan",), ("dcgan",)
+def _network(default: Any, help: str, choices=None) -> Any:
+    return _option(default, help, network=True, choices=choices)
 
 
 @dataclass(frozen=True)
@@ -30,13 +37,19 @@ class Config:
     """Every number that a run depends on. Flags are the field names with dashes."""
 
     arch: str
-    data: str = _option("digits", "'digits' (embedded) or a folder of images; its sub-folders are classes")
+    data: str = _option(
+        "digits", "'digits' (embedded), a variant of them, or a folder of images; its sub-folders are classes"
+    )
+    data_b: str = _option("", "the second domain of a family that joins two, as --data")
     resolution: int = _option(16, "side of the images in pixels")
     channels: int = _option(3, "channels of the images", choices=(1, 3))
     crop: str = _option("none", "how images that are not square are cut", choices=("none", "center"))
     mirror: bool = _option(False, "flip half of the images horizontally")
     skip_bad: bool = _option(False, "leave out and count files that cannot be read")
-    batch: int = _option(32, "images a step")
+    cond: bool = _option(False, "condition the networks on the images' classes")
+    classes: int = _option(0, "how many there are, read off the data")
+    batch: int = _option(32, "images of an update")
+    accumulate: int = _option(1, "parts in which a batch is worked through, their gradients added up")
     kimg: float = _option(100.0, "length of the run in thousands of images", mutable=True)
     seed: int = _option(0, "seed of every random number")
     device: str = _option("auto", "auto (CUDA if there is one), cpu, cuda or cuda:N")
@@ -48,34 +61,62 @@ class Config:
     cuda_graphs: bool = _option(True, "on CUDA, replay each phase as a CUDA graph", mutable=True)
 
     loss: str = _option("non-saturating", "adversarial loss", choices=tuple(LOSSES))
+    d_steps: int = _option(1, "updates of the discriminator a step, each on new images")
+    g_steps: int = _option(1, "updates of the generator a step")
+    optimizer: str = _option("adam", "what updates the networks", choices=("adam", "rmsprop"))
     g_lr: float = _option(0.002, "learning rate of the generator")
     d_lr: float = _option(0.002, "learning rate of the discriminator")
+    lr_decay: float = _option(0.0, "learning rates fall to 0, linearly, over this last share of the run")
     beta1: float = _option(0.0, "Adam's first decay rate")
-    beta2: float = _option(0.99, "Adam's second decay rate")
+    beta2: float = _option(0.99, "Adam's second decay rate, RMSprop's only one")
+    clip: float = _option(0.0, "the critic's weights are clipped to -clip..clip after each update; 0: not")
+    label_smoothing: float = _option(0.0, "the target for real images is 1 - this")
     r1: float = _option(0.0, "weight gamma of the R1 penalty gamma / 2 |grad D|^2 on reals; 0: none")
-    r1_every: int = _option(16, "R1 every so many steps, weighted up accordingly")
+    r2: float = _option(0.0, "the same on generated images")
+    r1_every: int = _option(16, "R1 and R2 every so many updates of D, weighted up accordingly")
+    gradient_penalty: float = _option(0.0, "weight of (|grad D| - 1)^2 between real and generated; 0: none")
+    drift: float = _option(0.0, "weight of the mean D(real)^2; 0: none")
+    feature_matching: float = _option(0.0, "weight for G of D's mean hidden features being alike; 0: none")
+    orthogonal: float = _option(0.0, "weight for G of orthogonal regularization; 0: none")
+    spectral_norm: bool = _option(False, "divide each of the discriminator's weights by its largest stretch")
+    diffaugment: str = _option("", "what D sees is augmented: any of color,translation,cutout")
+    ada: float = _option(0.0, "augment what D sees so much that its sign on reals averages this; 0: not")
     pl: float = _option(0.0, "weight of path length regularization; 0: none")
-    pl_every: int = _option(4, "path length regularization every so many steps, weighted up accordingly")
+    pl_every: int = _option(4, "path length regularization every so many updates of G, weighted up")
     pl_batch_shrink: int = _option(2, "path length on batch / this many samples")
     pl_decay: float = _option(0.01, "decay rate of the mean path length")
     ema_kimg: float = _option(10.0, "half-life of the generator's moving average in thousands of images")
     ema_rampup: float = _option(0.05, "half-life at most this share of the images seen; 0: no ramp-up")
 
-    z_dim: int = _option(512, "dimensions of the latent z (stylegan: --channel-max if not given)")
-    w_dim: int = _option(512, "dimensions of the latent w (--channel-max if not given)", _STYLEGAN)
-    mapping_layers: int = _option(8, "layers of the mapping network", _STYLEGAN)
-    channel_base: int = _option(
-        32768, "channels at resolution r: min(channel base / r, channel max)", _STYLEGAN
-    )
-    channel_max: int = _option(512, "most channels of a layer", _STYLEGAN)
-    style_mixing: float = _option(0.9, "probability of mixing two styles in a sample", _STYLEGAN)
-    mbstd_group: int = _option(4, "group size of the minibatch standard deviation", _STYLEGAN)
-    ngf: int = _option(64, "channels of the generator's last hidden layer", _DCGAN)
-    ndf: int = _option(64, "channels of the discriminator's first layer", _DCGAN)
-    kernel: int = _option(4, "kernel size", _DCGAN, choices=(4, 5))
-    slope: float = _option(0.2, "slope of the discriminator's LeakyReLU", _DCGAN)
-    dropout: float = _option(0.0, "dropout in the discriminator", _DCGAN)
-    instance_noise: float = _option(0.0, "deviation of noise on the images that D sees", _DCGAN)
+    z_dim: int = _network(512, "dimensions of the latent z (stylegan: --channel-max if not given)")
+    w_dim: int = _network(512, "dimensions of the latent w (--channel-max if not given)")
+    mapping_layers: int = _network(8, "layers of the mapping network")
+    channel_base: int = _network(32768, "channels at resolution r: min(channel base / r, channel max)")
+    channel_max: int = _network(512, "most channels of a layer")
+    style_mixing: float = _network(0.9, "probability of mixing two styles in a sample")
+    mbstd_group: int = _network(4, "group size of the minibatch standard deviation")
+    body: str = _network("dcgan", "which networks", choices=("dcgan", "mlp", "resnet"))
+    ngf: int = _network(64, "width of the generator, as its paper counts")
+    ndf: int = _network(64, "width of the discriminator, as its paper counts")
+    width: int = _network(768, "channels of the stages up to 32 pixels")
+    cardinality: int = _network(96, "groups of a stage that wide")
+    expansion: int = _network(2, "a bottleneck is so many times as wide as its block")
+    blocks: int = _network(0, "residual blocks (dcgan: doublings; 0: as many as fit)")
+    layers: int = _network(3, "strided layers of a PatchGAN")
+    kernel: int = _network(4, "kernel size")
+    norm: str = _network("batch", "of the critic", choices=("batch", "layer", "instance", "none"))
+    slope: float = _network(0.2, "slope of the discriminator's LeakyReLU")
+    dropout: float = _network(0.0, "dropout in the discriminator")
+    instance_noise: float = _network(0.0, "deviation of noise on the images that D sees")
+    attention: int = _network(32, "side of the maps with self-attention; 0: none")
+    shared_dim: int = _network(128, "dimensions of the class embedding that all layers share; 0: own ones")
+    hier: bool = _network(True, "z reaches every block")
+    deep: bool = _network(False, "BigGAN-deep")
+    cycle: float = _network(10.0, "weight of cycle consistency")
+    identity: float = _network(0.5, "weight of the identity loss, as a share of --cycle")
+    pool: int = _network(50, "past images of which the discriminator is shown some; 0: none")
+    fade_kimg: float = _network(600.0, "a new resolution fades in over so many thousand images")
+    stable_kimg: float = _network(600.0, "and is trained on for so many")
 
     tick_kimg: float = _option(4.0, "a log line and sample grid every so many thousand images", mutable=True)
     checkpoint_kimg: float = _option(16.0, "a checkpoint every so many thousand images", mutable=True)
@@ -86,53 +127,104 @@ class Config:
             choices, value = field.metadata.get("choices"), getattr(self, field.name)
             if choices and value not in choices:
                 raise UsageError(f"{flag(field.name)} must be {' or '.join(map(str, choices))}: got {value}")
-        for name in ("resolution", "batch", "r1_every", "pl_every", "pl_batch_shrink", "keep", "z_dim"):
+        counts = ("resolution", "batch", "accumulate", "d_steps", "g_steps", "r1_every", "pl_every")
+        for name in (*counts, "pl_batch_shrink", "keep", "z_dim"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{flag(name)} must be at least 1: got {getattr(self, name)}")
         for name in ("kimg", "g_lr", "d_lr", "ema_kimg", "tick_kimg", "checkpoint_kimg"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{flag(name)} must be above 0: got {getattr(self, name)}")
-        for name in ("r1", "pl", "ema_rampup", "instance_noise"):
+        weights = ("r1", "r2", "gradient_penalty", "drift", "feature_matching", "orthogonal", "pl")
+        for name in (*weights, "clip", "ema_rampup", "instance_noise"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{flag(name)} must be at least 0: got {getattr(self, name)}")
-        for name in ("beta1", "beta2", "pl_decay", "style_mixing", "dropout"):
-            if not 0 <= getattr(self, name) <= (1 if name == "style_mixing" else 0.999999):
+        shares = ("beta1", "beta2", "pl_decay", "label_smoothing", "ada", "dropout")
+        for name in (*shares, "style_mixing", "lr_decay"):
+            if not 0 <= getattr(self, name) <= (0.999999 if name in shares else 1):
                 raise UsageError(f"{flag(name)} must lie between 0 and 1: got {getattr(self, name)}")
-        if self.arch == "stylegan" and self.batch % min(self.mbstd_group, self.batch):
+        if self.batch % self.accumulate:
+            raise UsageError(f"--accumulate {self.accumulate} does not divide --batch {self.batch}")
+        if "mbstd_group" in network_options(self.arch) and self.part % min(self.mbstd_group, self.part):
             raise UsageError(
                 f"--batch {self.batch} is not divisible by the groups of minibatch-stddev; use a multiple of "
-                f"{self.mbstd_group} or --mbstd-group {math.gcd(self.batch, self.mbstd_group)}"
+                f"{self.mbstd_group} or --mbstd-group {math.gcd(self.part, self.mbstd_group)}"
             )
-        if self.pl > 0 and self.batch % self.pl_batch_shrink:
+        if self.pl > 0 and self.part % self.pl_batch_shrink:
             raise UsageError(f"--pl-batch-shrink {self.pl_batch_shrink} does not divide --batch {self.batch}")
+        if self.label_smoothing > 0 and not LOSSES[self.loss].smooths:
+            able = ", ".join(name for name, loss in LOSSES.items() if loss.smooths)
+            raise UsageError(f"--label-smoothing has no meaning for --loss {self.loss}, only for {able}")
+        if self.ada > 0 and self.diffaugment:
+            raise UsageError("--ada and --diffaugment exclude each other; choose one")
+        if self.domains == 2 and not self.data_b:
+            raise UsageError(f"--arch {self.arch} joins two domains; name the second with --data-b")
+        if self.domains == 1 and self.data_b:
+            raise UsageError(f"--data-b does not apply to --arch {self.arch}, which knows one domain")
+        if self.cond and "c_dim" not in network_options(self.arch):
+            raise UsageError(f"--cond does not apply to --arch {self.arch}, which takes no classes")
         try:
             with torch.device("meta"):
                 build_networks(self)
+            make_augment(self.diffaugment, self.ada > 0, self.channels)
         except ValueError as error:
             raise UsageError(f"--arch {self.arch} cannot be built: {error}") from None
 
     @property
+    def step_images(self) -> int:
+        """Images that D sees in a step: what `images seen` counts."""
+        return self.batch * self.d_steps
+
+    @property
+    def part(self) -> int:
+        """Images of a phase's call: a batch, or a part of it whose gradients are added to the others'."""
+        return self.batch // self.accumulate
+
+    @property
     def images(self) -> int:
-        """Length of the run: `kimg` in images, rounded up to whole batches."""
-        return math.ceil(self.kimg * 1000 / self.batch - 1e-9) * self.batch
+        """Length of the run: `kimg` in images, rounded up to whole steps."""
+        return math.ceil(self.kimg * 1000 / self.step_images - 1e-9) * self.step_images
+
+    @property
+    def domains(self) -> int:
+        return getattr(family(self.arch), "DOMAINS", 1)
+
+    @property
+    def c_dim(self) -> int:
+        """Classes that the networks know: 0 without --cond; any number until the data has been read."""
+        return (self.classes or 2) if self.cond else 0
 
     @property
     def dtype(self) -> torch.dtype:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.precision]
+        """Of convolutions; fp32 as long as precision is auto."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
-# The recipes, sized for the embedded digits on two CPU cores.
+# The papers' recipes, sized for the embedded digits on two CPU cores.
 PRESETS: dict[str, dict[str, Any]] = {
-    "stylegan": {
-        "batch": 16,
-        "mapping_layers": 2,
-        "channel_base": 512,
-        "channel_max": 64,
-        "g_lr": 0.008,
-        "d_lr": 0.008,
-        "r1": 0.4,
-        "pl": 0.5,
-        "ema_kimg": 2.0,
+    "gan": {
+        "batch": 64,
+        "kimg": 400.0,
+        "z_dim": 100,
+        "dropout": 0.3,
+        "g_lr": 0.0004,
+        "d_lr": 0.0004,
+        "beta1": 0.5,
+        "beta2": 0.999,
+        "tick_kimg": 10.0,
+        "checkpoint_kimg": 50.0,
+    },
+    "cgan": {
+        "cond": True,
+        "batch": 64,
+        "kimg": 400.0,
+        "z_dim": 100,
+        "dropout": 0.3,
+        "g_lr": 0.0004,
+        "d_lr": 0.0004,
+        "beta1": 0.5,
+        "beta2": 0.999,
+        "tick_kimg": 10.0,
+        "checkpoint_kimg": 50.0,
     },
     "dcgan": {
         "resolution": 32,
@@ -152,6 +244,154 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tick_kimg": 10.0,
         "checkpoint_kimg": 50.0,
     },
+    "wgan": {
+        "batch": 64,
+        "kimg": 1000.0,
+        "loss": "wasserstein",
+        "optimizer": "rmsprop",
+        "clip": 0.01,
+        "d_steps": 5,
+        "z_dim": 100,
+        "ngf": 32,
+        "ndf": 32,
+        "g_lr": 0.0005,
+        "d_lr": 0.0005,
+        "tick_kimg": 20.0,
+        "checkpoint_kimg": 100.0,
+    },
+    "wgan-gp": {
+        "batch": 32,
+        "kimg": 400.0,
+        "loss": "wasserstein",
+        "gradient_penalty": 10.0,
+        "d_steps": 5,
+        "body": "resnet",
+        "norm": "none",
+        "z_dim": 128,
+        "ngf": 32,
+        "ndf": 32,
+        "g_lr": 0.001,
+        "d_lr": 0.001,
+        "beta2": 0.9,
+        "ema_kimg": 5.0,
+        "tick_kimg": 10.0,
+        "checkpoint_kimg": 50.0,
+    },
+    "cyclegan": {
+        "data_b": "digits:inverted",
+        "batch": 4,
+        "kimg": 20.0,
+        "loss": "least-squares",
+        "ngf": 16,
+        "ndf": 32,
+        "blocks": 6,
+        "layers": 1,
+        "g_lr": 0.0004,
+        "d_lr": 0.0004,
+        "beta1": 0.5,
+        "beta2": 0.999,
+        "lr_decay": 0.5,
+        "ema_kimg": 1.0,
+        "tick_kimg": 2.0,
+    },
+    "cogan": {
+        "data_b": "digits:inverted",
+        "batch": 64,
+        "kimg": 400.0,
+        "z_dim": 100,
+        "ngf": 32,
+        "g_lr": 0.0004,
+        "d_lr": 0.0004,
+        "beta1": 0.5,
+        "beta2": 0.999,
+        "tick_kimg": 10.0,
+        "checkpoint_kimg": 50.0,
+    },
+    "progan": {
+        "batch": 16,
+        "kimg": 120.0,
+        "loss": "wasserstein",
+        "gradient_penalty": 10.0,
+        "drift": 0.001,
+        "z_dim": 64,
+        "channel_base": 512,
+        "channel_max": 64,
+        "fade_kimg": 15.0,
+        "stable_kimg": 15.0,
+        "g_lr": 0.003,
+        "d_lr": 0.003,
+        "ema_kimg": 2.0,
+    },
+    "sagan": {
+        "cond": True,
+        "batch": 32,
+        "kimg": 120.0,
+        "loss": "hinge",
+        "z_dim": 128,
+        "ngf": 16,
+        "ndf": 16,
+        "attention": 8,
+        "g_lr": 0.0005,
+        "d_lr": 0.002,
+        "beta2": 0.9,
+        "ema_kimg": 5.0,
+    },
+    "biggan": {
+        "cond": True,
+        "batch": 32,
+        "kimg": 120.0,
+        "loss": "hinge",
+        "d_steps": 2,
+        "orthogonal": 0.00005,
+        "z_dim": 60,
+        "ngf": 16,
+        "ndf": 16,
+        "attention": 8,
+        "shared_dim": 32,
+        "g_lr": 0.0005,
+        "d_lr": 0.002,
+        "beta2": 0.999,
+        "ema_kimg": 5.0,
+    },
+    "stylegan1": {
+        "batch": 16,
+        "mapping_layers": 2,
+        "channel_base": 512,
+        "channel_max": 64,
+        "g_lr": 0.004,
+        "d_lr": 0.004,
+        "r1": 0.4,
+        "ema_kimg": 2.0,
+    },
+    "stylegan": {
+        "batch": 16,
+        "mapping_layers": 2,
+        "channel_base": 512,
+        "channel_max": 64,
+        "g_lr": 0.008,
+        "d_lr": 0.008,
+        "r1": 0.4,
+        "pl": 0.5,
+        "ema_kimg": 2.0,
+    },
+    "r3gan": {
+        "batch": 32,
+        "kimg": 120.0,
+        "loss": "relativistic",
+        "r1": 1.0,
+        "r2": 1.0,
+        "r1_every": 1,
+        "z_dim": 64,
+        "width": 64,
+        "cardinality": 8,
+        "blocks": 1,
+        "kernel": 3,
+        "channel_base": 24576,
+        "g_lr": 0.001,
+        "d_lr": 0.001,
+        "beta2": 0.99,
+        "ema_kimg": 5.0,
+    },
 }
 
 
@@ -160,7 +400,18 @@ def flag(name: str) -> str:
 
 
 def applies(field: dataclasses.Field, arch: str) -> bool:
-    return not field.metadata.get("archs") or arch in field.metadata["archs"]
+    return not field.metadata.get("network") or field.name in network_options(arch)
+
+
+@functools.cache
+def network_options(arch: str) -> frozenset[str]:
+    """Names of all parameters of the family's networks."""
+    makers = (getattr(family(arch), name, None) for name in ("Generator", "Discriminator", "schedule"))
+    return frozenset(name for make in makers if make for name in _parameters(make))
+
+
+def _parameters(make: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(make).parameters)
 
 
 def make_config(arch: str, **given: Any) -> Config:
@@ -174,12 +425,10 @@ def make_config(arch: str, **given: Any) -> Config:
     fields = {f.name: f for f in dataclasses.fields(Config)}
     for name in given:
         if not applies(fields[name], arch):
-            raise UsageError(
-                f"{flag(name)} does not apply to --arch {arch}, only to "
-                + ", ".join(fields[name].metadata["archs"])
-            )
+            others = ", ".join(other for other in PRESETS if applies(fields[name], other))
+            raise UsageError(f"{flag(name)} does not apply to --arch {arch}, only to {others}")
     options = PRESETS[arch] | given
-    if arch == "stylegan":  # the paper's latents are as wide as its widest layer
+    if "w_dim" in network_options(arch):  # the papers' latents are as wide as their widest layer
         options = {"z_dim": options["channel_max"], "w_dim": options["channel_max"]} | options
     return Config(arch=arch, **options)
 
@@ -191,43 +440,20 @@ def changed_fields(old: dict[str, Any], new: Config) -> list[str]:
 
 
 def build_generator(config: Config) -> Generator:
-    c = config
-    dtype = None if c.precision == "auto" else c.dtype
-    if c.arch == "stylegan":
-        return stylegan.Generator(
-            c.z_dim,
-            0,
-            c.w_dim,
-            c.resolution,
-            c.channels,
-            c.mapping_layers,
-            c.channel_base,
-            c.channel_max,
-            dtype=dtype,
-            style_mixing=c.style_mixing,
-        )
-    return dcgan.Generator(c.z_dim, c.ngf, c.channels, c.resolution, c.kernel, dtype)
+    return _build(family(config.arch).Generator, config)
 
 
 def build_networks(config: Config) -> tuple[Generator, Discriminator]:
     """(G, D), freshly initialised from torch's global random state."""
-    c, G = config, build_generator(config)
-    dtype = None if c.precision == "auto" else c.dtype
-    if c.arch == "stylegan":
-        D: Discriminator = stylegan.Discriminator(
-            0,
-            c.resolution,
-            c.channels,
-            c.channel_base,
-            c.channel_max,
-            mbstd_group_size=c.mbstd_group,
-            dtype=dtype,
-        )
-    else:
-        D = dcgan.Discriminator(
-            c.ndf, c.channels, c.resolution, c.kernel, c.slope, c.dropout, c.instance_noise, dtype
-        )
+    G, D = build_generator(config), _build(family(config.arch).Discriminator, config)
+    if config.spectral_norm:
+        add_spectral_norm(D)
     return G, D
+
+
+def _build(make: Callable[..., Any], config: Config) -> Any:
+    """A network from the options that its parameters name."""
+    return make(**{name: getattr(config, name) for name in _parameters(make) if hasattr(config, name)})
 
 
 def resolve_device(config: Config) -> tuple[Config, torch.device]:

@@ -7,17 +7,23 @@ seen), so that a run stopped after any step and resumed is the run that was neve
 import copy
 import ctypes
 import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastgan.augment import ADAPT_STEPS, adapt, make_augment
 from fastgan.compiled import CudaCapture, Phase, Recordings
 from fastgan.config import Config, build_networks
-from fastgan.step import PhaseResult, d_phase, g_path_phase, g_phase
+from fastgan.models import family
+from fastgan.step import Latents, Objective, PhaseResult, d_phase, g_path_phase, g_phase
 
-BATCH_NORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+# BatchNorm's statistics, which `settle` makes anew, and how far a growing network has grown.
+NOT_AVERAGED = ("running_mean", "running_var", "num_batches_tracked", "growth")
+MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "rmsprop": ("square_avg",)}
 SETTLING_BATCHES, SETTLING_BATCH = 16, 64
 
 
@@ -32,71 +38,179 @@ class Engine:
         place(self.G, device)
         place(self.D, device)
         self.ema = copy.deepcopy(self.G).eval().requires_grad_(False)
-        self.g_optimizer = _adam(self.G, number(config.g_lr, device), config)
-        self.d_optimizer = _adam(self.D, number(config.d_lr, device), config)
+        self.g_optimizer = _optimizer(self.G, number(config.g_lr, device), config)
+        self.d_optimizer = _optimizer(self.D, number(config.d_lr, device), config)
         self.ema_rate = number(0.0, device)
         self.pl_mean = torch.zeros([], device=device)
+        self.strength = torch.zeros([], device=device) if config.ada > 0 else None  # ADA's p
+        self.signs = torch.zeros([], device=device)  # of D on reals, since p last moved
         self.losses: dict[str, Tensor] = {}  # since the last tick: name -> [sum, count]
+        self.stage: int | None = None  # of a growing family
+        self.announce: Callable[[str], None] = lambda message: None  # told what is being compiled
+        self.compiled_seconds = 0.0  # spent on phases of earlier stages
 
         set_precision(config, device)
         keep_freed_memory(device)
         graphs = config.cuda_graphs and device.type == "cuda"
+        self.recordings = Recordings(CudaCapture(device)) if graphs else None
+        self._make_phases()
+        self._grow()
+
+    def _make_phases(self) -> None:
+        c = self.config
         phase = partial(
             Phase,
-            device=device,
-            compile=config.compile,
-            recordings=Recordings(CudaCapture(device)) if graphs else None,
+            device=self.device,
+            compile=c.compile,
+            recordings=self.recordings,
+            announce=lambda message: self.announce(message),
         )
-        c = config
-        self.d = phase("D", partial(d_phase, loss=c.loss))
-        self.d_r1 = phase(
-            "D with R1", partial(d_phase, loss=c.loss, r1_weight=c.r1 / 2 * c.r1_every), every=c.r1_every
+        always = Objective(
+            loss=c.loss,
+            label_smoothing=c.label_smoothing,
+            gradient_penalty=c.gradient_penalty,
+            drift=c.drift,
+            feature_matching=c.feature_matching,
+            orthogonal=c.orthogonal,
+            pl_decay=c.pl_decay,
+            augment=make_augment(c.diffaugment, c.ada > 0, c.channels),
         )
-        self.g = phase("G", partial(g_phase, loss=c.loss))
-        self.g_path = phase(
-            "G with path length",
-            partial(g_path_phase, loss=c.loss, pl_weight=c.pl * c.pl_every, pl_decay=c.pl_decay),
-            every=c.pl_every,
-        )
+        lazy = replace(always, r1=c.r1 / 2 * c.r1_every, r2=c.r2 / 2 * c.r1_every)
+        path = replace(always, pl=c.pl * c.pl_every)
+        self.d = phase("D", partial(d_phase, objective=always))
+        self.d_r1 = phase("D with R1", partial(d_phase, objective=lazy), every=c.r1_every)
+        self.g = phase("G", partial(g_phase, objective=always))
+        self.g_path = phase("G with path length", partial(g_path_phase, objective=path), every=c.pl_every)
 
-    def step(self, real: Tensor) -> None:
-        """One update of D, one of G, one of the moving average: real uint8 [batch, C, R, R]."""
-        c, G, D = self.config, self.G, self.D
-        step = self.images // c.batch
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return self.d, self.d_r1, self.g, self.g_path
+
+    @property
+    def compiling(self) -> float:
+        """Seconds spent compiling so far."""
+        return self.compiled_seconds + sum(phase.seconds or 0.0 for phase in self.phases)
+
+    def step(self, real: Tensor, labels: Tensor | None = None) -> None:
+        """`d_steps` updates of D, `g_steps` of G and one of the moving average.
+
+        real uint8 [d_steps * batch, C, R, R], labels int64 [d_steps * batch] where the run is conditional.
+        """
+        c, step = self.config, self.images // self.config.step_images
         torch.manual_seed(_seed(c.seed, "step", self.images))
-
-        d = self.d_r1 if c.r1 > 0 and step % c.r1_every == 0 else self.d
-        self._update(D, self.d_optimizer, d(step, G, D, real, *self.latents(c.batch)))
-
-        latents = self.latents(c.batch)
-        if c.pl > 0 and step % c.pl_every == 0:
-            count = c.batch // c.pl_batch_shrink
-            noise = torch.randn(count, *real.shape[1:], device=self.device)
-            result, pl_mean = self.g_path(step, G, D, *latents, *self.latents(count), noise, self.pl_mean)
-            self.pl_mean.copy_(pl_mean)  # a phase's results last until the next phase (compiled.py)
-        else:
-            result = self.g(step, G, D, *latents)
-        self._update(G, self.g_optimizer, result)
-
-        self.images += c.batch
+        self._grow()
+        self._decay_rates()
+        one_hot = self.one_hot(labels)
+        parts = [
+            (real[i : i + c.part], None if one_hot is None else one_hot[i : i + c.part])
+            for i in range(0, c.step_images, c.part)
+        ]
+        for i in range(c.d_steps):
+            update = step * c.d_steps + i
+            phase = self.d_r1 if (c.r1 > 0 or c.r2 > 0) and update % c.r1_every == 0 else self.d
+            mine = parts[i * c.accumulate : (i + 1) * c.accumulate]
+            results = (phase(update, *self.d_args(*part)) for part in mine)
+            self._update(self.D, self.d_optimizer, results)
+            if c.clip > 0:
+                _clip(self.D, c.clip)
+            if self.strength is not None and (update + 1) % ADAPT_STEPS == 0:
+                self.strength.copy_(
+                    adapt(self.strength, self.signs / ADAPT_STEPS, c.ada, c.batch * ADAPT_STEPS)
+                )
+                self.signs.zero_()
+        for i in range(c.g_steps):
+            update = step * c.g_steps + i
+            if c.pl > 0 and update % c.pl_every == 0:
+                results = (self._with_path(update, *part) for part in parts[-c.accumulate :])
+            else:
+                results = (self.g(update, *self.g_args(*part)) for part in parts[-c.accumulate :])
+            self._update(self.G, self.g_optimizer, results)
+        self.images += c.step_images
         self._average()
 
-    def latents(self, count: int) -> tuple[Tensor, Tensor]:
-        """The random numbers of `count` samples: normal [count, G.normals], uniform [count, G.uniforms]."""
-        return (
-            torch.randn(count, self.G.normals, device=self.device),
-            torch.rand(count, self.G.uniforms, device=self.device),
-        )
+    def d_args(self, real: Tensor, c: Tensor | None) -> tuple:
+        """Arguments of D's phases, new random numbers among them: real uint8 [N, C, R, R], c [N, c_dim]."""
+        return self.G, self.D, real, c, self.latents(len(real), real), self.strength
 
-    def _update(self, net: torch.nn.Module, optimizer: torch.optim.Optimizer, result: PhaseResult) -> None:
-        for parameter, grad in zip(net.parameters(), result.grads, strict=True):
+    g_args = d_args
+
+    def path_args(self, real: Tensor, c: Tensor | None) -> tuple:
+        """Arguments of the phase with path length regularization."""
+        args, count = self.g_args(real, c), len(real) // self.config.pl_batch_shrink
+        noise = torch.randn(count, *real.shape[1:], device=self.device)
+        return *args[:-1], self.latents(count, real[:count]), noise, self.pl_mean, self.strength
+
+    def _with_path(self, update: int, real: Tensor, c: Tensor | None) -> PhaseResult:
+        result, pl_mean = self.g_path(update, *self.path_args(real, c))
+        self.pl_mean.copy_(pl_mean)  # a phase's results last until the next phase (compiled.py)
+        return result
+
+    def latents(self, count: int, real: Tensor | None = None) -> Latents:
+        """The random numbers and labels of `count` samples; `real` [count, C, R, R] where G translates."""
+        normal = torch.randn(count, self.G.normals, device=self.device)
+        uniform = torch.rand(count, self.G.uniforms, device=self.device)
+        if getattr(self.G, "translates", False):
+            return Latents(normal, uniform, real)
+        if not self.config.cond:
+            return Latents(normal, uniform)
+        labels = torch.randint(self.config.c_dim, (count,), device=self.device)
+        return Latents(normal, uniform, self.one_hot(labels))
+
+    def one_hot(self, labels: Tensor | None) -> Tensor | None:
+        """float [N, c_dim] of labels int64 [N]; None where the run is not conditional."""
+        if not self.config.cond or labels is None:
+            return None
+        return one_hot(labels, self.config.c_dim)
+
+    def _update(
+        self, net: torch.nn.Module, optimizer: torch.optim.Optimizer, results: Iterable[PhaseResult]
+    ) -> None:
+        """One update from the mean gradient of `results`, each to be used before the next is computed."""
+        share, total = 1 / self.config.accumulate, None
+        for result in results:
+            if share == 1:
+                total = result.grads
+            elif total is None:
+                total = list(torch._foreach_mul(result.grads, share))
+            else:
+                torch._foreach_add_(total, result.grads, alpha=share)
+            self._log(result.losses, share)
+        assert total is not None
+        for parameter, grad in zip(net.parameters(), total, strict=True):
             parameter.grad = grad
         optimizer.step()
         net.zero_grad(set_to_none=True)  # not held while the other network's phase runs
-        for name, value in result.losses.items():
+
+    def _log(self, losses: dict[str, Tensor], share: float) -> None:
+        if "real_sign" in losses:
+            self.signs += share * losses["real_sign"]
+        for name, value in losses.items():
             if name not in self.losses:
                 self.losses[name] = torch.zeros(2, device=self.device, dtype=torch.float64)
             self.losses[name] += torch.stack([value, torch.ones_like(value)])
+
+    def _grow(self) -> None:
+        """Take a growing family to where its schedule is. A new stage has new graphs and fresh optimizers."""
+        if not hasattr(self.G, "grow"):
+            return
+        c = self.config
+        growth = family(c.arch).schedule(self.images, c.fade_kimg, c.stable_kimg, self.G.stages)
+        for net in (self.G, self.D, self.ema):
+            net.grow(growth)
+        if self.stage not in (None, self.G.stage):
+            self.compiled_seconds = self.compiling
+            self._make_phases()
+            self.g_optimizer.state.clear()
+            self.d_optimizer.state.clear()
+        self.stage = self.G.stage
+
+    def _decay_rates(self) -> None:
+        """Learning rates fall to 0 over the last `lr_decay` of the run."""
+        c = self.config
+        if c.lr_decay > 0:
+            factor = min(1.0, (c.images - self.images) / (c.images * c.lr_decay))
+            for optimizer, rate in ((self.g_optimizer, c.g_lr), (self.d_optimizer, c.d_lr)):
+                set_rate(optimizer, rate * factor)
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -104,13 +218,13 @@ class Engine:
         half_life = self.config.ema_kimg * 1000
         if self.config.ema_rampup > 0:
             half_life = min(half_life, self.images * self.config.ema_rampup)
-        rate = 1 - 0.5 ** (self.config.batch / max(half_life, 1e-8))
+        rate = 1 - 0.5 ** (self.config.step_images / max(half_life, 1e-8))
         if isinstance(self.ema_rate, Tensor):
             self.ema_rate.fill_(rate)  # a launch: the host waits for nothing
         else:
             self.ema_rate = rate
         mine, theirs = _state(self.ema), _state(self.G)
-        names = [k for k in mine if not k.endswith(BATCH_NORM_STATISTICS)]
+        names = [k for k in mine if not k.endswith(NOT_AVERAGED)]
         blend([mine[k] for k in names], [theirs[k] for k in names], self.ema_rate)
 
     @torch.no_grad()
@@ -123,14 +237,17 @@ class Engine:
         norms = [m for m in self.ema.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
         if not norms:
             return
+        c = self.config
         for norm in norms:
             norm.reset_running_stats()
-        generator = torch.Generator().manual_seed(_seed(self.config.seed, "settle"))
+        generator = torch.Generator().manual_seed(_seed(c.seed, "settle"))
         self.ema.train()
         for i in range(SETTLING_BATCHES):
             for norm in norms:
                 norm.momentum = 1 / (i + 1)  # the mean over all batches
-            self.ema(torch.randn(SETTLING_BATCH, self.config.z_dim, generator=generator).to(self.device))
+            z = torch.randn(SETTLING_BATCH, c.z_dim, generator=generator).to(self.device)
+            labels = torch.arange(SETTLING_BATCH, device=self.device) % c.c_dim if c.cond else None
+            self.ema(z, self.one_hot(labels))
         self.ema.eval()
 
     def take_losses(self) -> dict[str, float]:
@@ -141,13 +258,10 @@ class Engine:
 
     def state(self) -> dict[str, Tensor]:
         """Everything but `images`, by name; the tensors are the engine's own."""
-        state = {"pl_mean": self.pl_mean}
+        state = self._scalars()
         for prefix, net in (("G", self.G), ("D", self.D), ("ema", self.ema)):
             state |= {f"{prefix}.{name}": tensor for name, tensor in _state(net).items()}
-        for prefix, net, optimizer in (
-            ("g_optimizer", self.G, self.g_optimizer),
-            ("d_optimizer", self.D, self.d_optimizer),
-        ):
+        for prefix, net, optimizer in self._optimizers():
             for name, parameter in net.named_parameters():
                 for key, value in optimizer.state[parameter].items():
                     state[f"{prefix}.{name}.{key}"] = value
@@ -157,18 +271,17 @@ class Engine:
     def load_state(self, state: dict[str, Tensor], images: int) -> None:
         """Take over `state` as saved after `images` images. KeyError for a tensor that is missing."""
         self.images = images
-        self.pl_mean = state["pl_mean"].to(self.device)
+        for name, tensor in self._scalars().items():
+            tensor.copy_(state[name])
         for prefix, net in (("G", self.G), ("D", self.D), ("ema", self.ema)):
             for name, tensor in _state(net).items():
                 tensor.copy_(state[f"{prefix}.{name}"])
-        for prefix, net, optimizer in (
-            ("g_optimizer", self.G, self.g_optimizer),
-            ("d_optimizer", self.D, self.d_optimizer),
-        ):
+        self._grow()
+        for prefix, net, optimizer in self._optimizers():
             for name, parameter in net.named_parameters():
                 moments = {
                     key: torch.zeros_like(parameter).copy_(state[f"{prefix}.{name}.{key}"])
-                    for key in ("exp_avg", "exp_avg_sq")
+                    for key in MOMENTS[self.config.optimizer]
                 }
                 step = state[f"{prefix}.{name}.step"].to(self.device)
                 optimizer.state[parameter] = {"step": step, **moments}
@@ -177,6 +290,15 @@ class Engine:
             for name, tensor in state.items()
             if name.startswith("losses.")
         }
+
+    def _scalars(self) -> dict[str, Tensor]:
+        scalars = {"pl_mean": self.pl_mean}
+        return (
+            scalars if self.strength is None else scalars | {"ada.p": self.strength, "ada.signs": self.signs}
+        )
+
+    def _optimizers(self) -> tuple:
+        return ("g_optimizer", self.G, self.g_optimizer), ("d_optimizer", self.D, self.d_optimizer)
 
 
 def set_precision(config: Config, device: torch.device) -> None:
@@ -236,7 +358,30 @@ def _state(net: torch.nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in net.state_dict().items()}
 
 
-def _adam(net: torch.nn.Module, lr: float | Tensor, config: Config) -> torch.optim.Adam:
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    """float32 [N, classes] of labels int64 [N], without waiting for the device as PyTorch's own does."""
+    return (labels[:, None] == torch.arange(classes, device=labels.device)).float()
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+@torch.no_grad()
+def _clip(net: torch.nn.Module, bound: float) -> None:
+    """Every weight to -bound..bound (Arjovsky et al. 2017, algorithm 1)."""
+    torch._foreach_clamp_min_(list(net.parameters()), -bound)
+    torch._foreach_clamp_max_(list(net.parameters()), bound)
+
+
+def _optimizer(net: torch.nn.Module, lr: float | Tensor, config: Config) -> torch.optim.Optimizer:
+    if config.optimizer == "rmsprop":
+        capturable = isinstance(lr, Tensor)
+        return torch.optim.RMSprop(net.parameters(), lr, config.beta2, foreach=True, capturable=capturable)
     betas = (config.beta1, config.beta2)
     return torch.optim.Adam(net.parameters(), lr, betas, fused=True, capturable=True)
 

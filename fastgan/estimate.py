@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from fastgan.config import Config
+from fastgan.config import Config, network_options
 from fastgan.engine import Engine
-from fastgan.limit import phase_calls
+from fastgan.limit import phase_calls, random_images
 
 
 class Device(NamedTuple):
@@ -121,8 +121,8 @@ def peak_bytes(config: Config) -> float:
 
 def batch_unit(config: Config) -> int:
     """Batches are multiples of this."""
-    groups = config.mbstd_group if config.arch == "stylegan" else 1
-    return math.lcm(groups, config.pl_batch_shrink if config.pl > 0 else 1)
+    groups = config.mbstd_group if "mbstd_group" in network_options(config.arch) else 1
+    return config.accumulate * math.lcm(groups, config.pl_batch_shrink if config.pl > 0 else 1)
 
 
 def _whole(batch: int, config: Config) -> int:
@@ -131,8 +131,7 @@ def _whole(batch: int, config: Config) -> int:
 
 def _step(config: Config, device: Device) -> Estimate:
     engine = Engine(dataclasses.replace(config, compile=False), torch.device("cpu"))
-    shape = (config.batch, config.channels, config.resolution, config.resolution)
-    real = torch.empty(shape, dtype=torch.uint8, device="meta").contiguous(memory_format=torch.channels_last)
+    real = random_images(config, torch.device("meta"))
     g, d = (sum(p.nbytes for p in net.parameters()) for net in (engine.G, engine.D))
     # Adam reads p, g, m, v and writes p, m, v; the moving average reads two and writes one.
     update = (7 * (g + d) + 3 * g) / (device.bandwidth * 1e9)
@@ -156,9 +155,9 @@ def report(config: Config, name: str) -> tuple[list[str], dict[str, Any]]:
     figures = {
         "device": name,
         "source": device.source,
-        "gflop_per_image": e.flops / config.batch / 1e9,
-        "seconds_per_kimg_at_least": 1000 * e.seconds_at_least / config.batch,
-        "seconds_per_kimg_unfused": 1000 * e.seconds_unfused / config.batch,
+        "gflop_per_image": e.flops / config.step_images / 1e9,
+        "seconds_per_kimg_at_least": 1000 * e.seconds_at_least / config.step_images,
+        "seconds_per_kimg_unfused": 1000 * e.seconds_unfused / config.step_images,
         "peak_memory_gib": e.peak_bytes / 2**30,
         "largest_batch": e.largest_batch,
     }

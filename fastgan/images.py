@@ -8,6 +8,17 @@ from PIL import Image
 from torch import Tensor
 
 
+def split_pair(images: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, 2C, H, W] -> the images of domain A and those of B, [N, C, H, W] each."""
+    a, b = images.chunk(2, dim=1)
+    return a, b
+
+
+def side_by_side(images: Tensor) -> np.ndarray:
+    """Pairs -1..1 [N, 2C, H, W] -> uint8 [N, H, 2W, C], A on the left."""
+    return np.concatenate([to_uint8(half) for half in split_pair(images)], axis=2)
+
+
 def to_uint8(images: Tensor) -> np.ndarray:
     """-1..1 [N, C, H, W] -> uint8 [N, H, W, C], rounded and clipped."""
     scaled = (images.detach().float() * 127.5 + 127.5).round().clamp(0, 255)

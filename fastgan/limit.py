@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from fastgan.compiled import Phase
 from fastgan.config import Config
@@ -32,7 +33,7 @@ META = torch.device("meta")
 
 
 class PhaseCall(NamedTuple):
-    """A phase with arguments of the run's shapes; `share` is how often it runs in a step, at most 1."""
+    """A phase with arguments of the run's shapes; `share` is how often it runs in a step."""
 
     phase: Phase
     args: tuple
@@ -47,36 +48,44 @@ class PhaseCall(NamedTuple):
         return functools.partial(self.phase.function, *self.meta_args())
 
     def meta_args(self) -> tuple:
-        return tuple(_to_meta(a) for a in self.args)
+        return tree_map(_to_meta, self.args)
 
 
-def _to_meta(x: nn.Module | Tensor) -> nn.Module | Tensor:
-    return copy.deepcopy(x).to(META) if isinstance(x, nn.Module) else x.to(META)
+def _to_meta(x: Any) -> Any:
+    if isinstance(x, nn.Module):
+        return copy.deepcopy(x).to(META)
+    return x.to(META) if isinstance(x, Tensor) else x
 
 
-def random_images(config: Config, device: torch.device) -> Tensor:
-    """uint8 [batch, C, R, R] in channels_last, as the feed gives them."""
-    shape = (config.batch, config.channels, config.resolution, config.resolution)
+def random_images(config: Config, device: torch.device, updates: int | None = None) -> Tensor:
+    """uint8 in channels_last, as the feed gives them: of a phase's call, or of `updates` updates of D."""
+    count = config.part if updates is None else updates * config.batch
+    shape = (count, config.domains * config.channels, config.resolution, config.resolution)
     real = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     return real.contiguous(memory_format=torch.channels_last)
 
 
+def random_step(config: Config, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Arguments of `Engine.step`: images of random pixels and, if the run is conditional, random labels."""
+    real = random_images(config, device, config.d_steps)
+    labels = torch.randint(config.c_dim, (len(real),), device=device) if config.cond else None
+    return real, labels
+
+
 def phase_calls(engine: Engine, real: Tensor) -> list[PhaseCall]:
-    """The phases that `engine.step` runs on real uint8 [batch, C, R, R]; shares of D and of G add up to 1."""
-    c, nets = engine.config, (engine.G, engine.D)
-    d_args = (*nets, real, *engine.latents(c.batch))
-    g_args = (*nets, *engine.latents(c.batch))
-    count = c.batch // c.pl_batch_shrink
-    noise = torch.randn(count, *real.shape[1:], device=engine.device)
-    path_args = (*g_args, *engine.latents(count), noise, engine.pl_mean)
-    r1 = 1 / c.r1_every if c.r1 > 0 else 0.0
+    """The phases that `engine.step` runs, on real uint8 [part, C, R, R]; `share` is how often in a step."""
+    c = engine.config
+    labels = engine.one_hot(torch.zeros(len(real), dtype=torch.int64, device=engine.device))
+    d, g = (steps * c.accumulate for steps in (c.d_steps, c.g_steps))
+    r1 = 1 / c.r1_every if c.r1 > 0 or c.r2 > 0 else 0.0
     pl = 1 / c.pl_every if c.pl > 0 else 0.0
-    calls = (
-        PhaseCall(engine.d, d_args, 1 - r1),
-        PhaseCall(engine.d_r1, d_args, r1),
-        PhaseCall(engine.g, g_args, 1 - pl),
-        PhaseCall(engine.g_path, path_args, pl),
-    )
+    calls = [
+        PhaseCall(engine.d, engine.d_args(real, labels), d * (1 - r1)),
+        PhaseCall(engine.d_r1, engine.d_args(real, labels), d * r1),
+        PhaseCall(engine.g, engine.g_args(real, labels), g * (1 - pl)),
+    ]
+    if pl > 0:
+        calls.append(PhaseCall(engine.g_path, engine.path_args(real, labels), g * pl))
     return [call for call in calls if call.share > 0]
 
 
@@ -87,7 +96,7 @@ def update_call(engine: Engine) -> Callable[[], None]:
 
     def run() -> None:
         for (net, optimizer), result in zip(pairs, results, strict=True):
-            engine._update(net, optimizer, result)
+            engine._update(net, optimizer, [result] * engine.config.accumulate)
         engine._average()
 
     return run

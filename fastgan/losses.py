@@ -3,7 +3,7 @@
 Logits are raw discriminator outputs, [N, 1] or a map of patches; every loss is a mean over all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -11,9 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def logistic_d(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean softplus(-real), mean softplus(fake)): the minimax game's D (Goodfellow et al. 2014)."""
-    return F.softplus(-real).mean(), F.softplus(fake).mean()
+def logistic_d(real: Tensor, fake: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(mean softplus(-real), mean softplus(fake)): the minimax game's D (Goodfellow et al. 2014).
+
+    With one-sided label smoothing (Salimans et al. 2016, section 3.4) the target of reals is 1 - smoothing:
+    the first is mean ((1 - smoothing) softplus(-real) + smoothing softplus(real)).
+    """
+    return (F.softplus(-real) + smoothing * real).mean(), F.softplus(fake).mean()
+
+
+def minimax_g(fake: Tensor) -> Tensor:
+    """mean log(1 - sigmoid(fake)) = -mean softplus(fake) (Goodfellow et al. 2014, equation 1)."""
+    return -F.softplus(fake).mean()
 
 
 def non_saturating_g(fake: Tensor) -> Tensor:
@@ -31,14 +40,67 @@ def hinge_g(fake: Tensor) -> Tensor:
     return -fake.mean()
 
 
+def least_squares_d(real: Tensor, fake: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(mean (real - b)^2, mean fake^2) with b = 1 - smoothing (Mao et al. 2017, equation 2 with a = 0, b = 1,
+    without its halves)."""
+    return (real - 1 + smoothing).square().mean(), fake.square().mean()
+
+
+def least_squares_g(fake: Tensor) -> Tensor:
+    """mean (fake - 1)^2 (Mao et al. 2017, equation 2 with c = 1, without its half)."""
+    return (fake - 1).square().mean()
+
+
+def wasserstein_d(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """(-mean real, mean fake) (Arjovsky et al. 2017, equation 2)."""
+    return -real.mean(), fake.mean()
+
+
+def wasserstein_g(fake: Tensor) -> Tensor:
+    """-mean fake (Arjovsky et al. 2017)."""
+    return -fake.mean()
+
+
+def relativistic_d(real: Tensor, fake: Tensor) -> Tensor:
+    """mean softplus(fake - real), each real logit paired with a fake one (Huang et al. 2024, RpGAN)."""
+    return F.softplus(fake - real).mean()
+
+
+def relativistic_g(real: Tensor, fake: Tensor) -> Tensor:
+    """mean softplus(real - fake): the other side of `relativistic_d`, with real logits of the same batch size."""
+    return F.softplus(real - fake).mean()
+
+
 class AdversarialLoss(NamedTuple):
-    d: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    g: Callable[[Tensor], Tensor]
+    d: Callable[[Tensor, Tensor, float], Tensor]  # real and fake logits, label smoothing
+    g: Callable[[Tensor, Tensor | None], Tensor]  # fake and, where relativistic, real logits
+    smooths: bool = False  # label smoothing has a meaning
+    relativistic: bool = False  # g needs real logits
+
+
+def _apart(
+    d: Callable[..., tuple[Tensor, Tensor]], g: Callable[[Tensor], Tensor], smooths: bool = False
+) -> AdversarialLoss:
+    """A loss whose parts know either real or generated images: D minimises the sum of its two."""
+
+    def both(real: Tensor, fake: Tensor, smoothing: float = 0.0) -> Tensor:
+        of_real, of_fake = d(real, fake, smoothing) if smooths else d(real, fake)
+        return of_real + of_fake
+
+    return AdversarialLoss(both, lambda fake, real=None: g(fake), smooths)
 
 
 LOSSES = {
-    "non-saturating": AdversarialLoss(logistic_d, non_saturating_g),
-    "hinge": AdversarialLoss(hinge_d, hinge_g),
+    "minimax": _apart(logistic_d, minimax_g, smooths=True),
+    "non-saturating": _apart(logistic_d, non_saturating_g, smooths=True),
+    "hinge": _apart(hinge_d, hinge_g),
+    "least-squares": _apart(least_squares_d, least_squares_g, smooths=True),
+    "wasserstein": _apart(wasserstein_d, wasserstein_g),
+    "relativistic": AdversarialLoss(
+        lambda real, fake, smoothing=0.0: relativistic_d(real, fake),
+        lambda fake, real: relativistic_g(real, fake),
+        relativistic=True,
+    ),
 }
 
 
@@ -53,6 +115,24 @@ def gradient_square(logits: Tensor, x: Tensor) -> Tensor:
     """
     (grad,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
     return _precise(grad).square().flatten(1).sum(dim=1).mean()
+
+
+def homogeneous_logits(
+    critic: Callable[[Tensor, Tensor], Tensor], x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(logits [N, 1], d sum(logits) / d x) of a critic(x, scale) that is homogeneous of degree one in (x, scale).
+
+    Such is one of linear maps, LeakyReLUs, and biases that scale [N, 1] multiplies, if no sample sees another.
+    By Euler's theorem critic(x, 1) = <d critic / d x, x> + d critic / d scale, identically in the weights. Their
+    gradient can so be taken through the inner backward pass alone, which R1 and R2 go through anyway: every layer
+    is multiplied out 4 times (forward, inner gradient, its derivatives by gradient and weight) instead of 6.
+    The logits' values are the forward pass's own. x [N, ...] is taken as a constant.
+    """
+    x, scale = x.detach().requires_grad_(), x.new_ones(len(x), 1).requires_grad_()
+    logits = critic(x, scale)
+    dx, dscale = torch.autograd.grad(logits.sum(), (x, scale), create_graph=True)
+    euler = (dx * x.detach()).flatten(1).sum(dim=1, keepdim=True) + dscale
+    return logits.detach() + (euler - euler.detach()), dx
 
 
 def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
@@ -81,3 +161,23 @@ def path_length(
     lengths = (squares if squares.ndim == 1 else squares.mean(dim=1)).sqrt()
     mean = mean.lerp(lengths.mean(), decay)
     return (lengths - mean).square().mean(), mean.detach(), lengths.detach()
+
+
+def drift(real: Tensor) -> Tensor:
+    """mean real^2, which keeps a Wasserstein critic near zero (Karras et al. 2017, appendix A.1)."""
+    return real.square().mean()
+
+
+def feature_matching(real: Tensor, fake: Tensor) -> Tensor:
+    """||E f(real) - E f(fake)||^2 for D's hidden features f [N, ...] (Salimans et al. 2016, section 3.1)."""
+    return (_precise(real).mean(dim=0) - _precise(fake).mean(dim=0)).square().sum()
+
+
+def orthogonal(weights: Iterable[Tensor]) -> Tensor:
+    """sum over W of ||W W^T o (1 - I)||_F^2 (Brock et al. 2018, equation 3, with W for their W^T).
+
+    W [rows, ...] is read as a matrix: different filters are to be orthogonal, of whatever norm.
+    BigGAN-PyTorch's gradient, 2 (W W^T o (1 - I)) W, is half of this one's: its strength 1e-4 is 5e-5 here.
+    """
+    grams = [w @ w.t() for w in (weight.flatten(1) for weight in weights)]
+    return torch.stack([(gram - gram.diagonal().diag()).square().sum() for gram in grams]).sum()

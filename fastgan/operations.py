@@ -79,8 +79,9 @@ def _run(network: str) -> None:
     for p in [*G.parameters(), *D.parameters()]:
         if p.ndim == 4:
             p.data = p.data.contiguous(memory_format=torch.channels_last)
-    images, _ = G.sample(torch.empty(config.batch, G.normals), torch.empty(config.batch, G.uniforms))
-    D(images)
+    c = torch.empty(config.batch, config.c_dim) if config.cond else None
+    images, _ = G.sample(torch.empty(config.batch, G.normals), torch.empty(config.batch, G.uniforms), c)
+    D(images, c)
 
 
 def _normalise() -> None:

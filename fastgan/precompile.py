@@ -15,6 +15,7 @@ import torch
 
 from fastgan.config import Config
 from fastgan.engine import Engine
+from fastgan.limit import random_images
 
 
 def start(config: Config) -> subprocess.Popen | None:
@@ -29,7 +30,8 @@ def main() -> None:
     config = Config(**json.loads(sys.argv[1]))
     engine = Engine(config, torch.device(config.device))
     assert engine.g.compiled is not None
-    engine.g.compiled(engine.G, engine.D, *engine.latents(config.batch))
+    real = random_images(config, engine.device)
+    engine.g.compiled(*engine.g_args(real, engine.one_hot(torch.zeros(len(real), dtype=torch.int64))))
 
 
 if __name__ == "__main__":

@@ -11,14 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity
 
 from fastgan import cli, doctor, estimate, nvml
 from fastgan.config import Config, UsageError, make_config, resolve_device
-from fastgan.data.feed import fits
+from fastgan.data.feed import Batch, fits
 from fastgan.engine import Engine
-from fastgan.limit import PhaseCall, limit, phase_calls, random_images, synchronize, update_call
+from fastgan.limit import (
+    PhaseCall,
+    limit,
+    phase_calls,
+    random_images,
+    random_step,
+    synchronize,
+    update_call,
+)
 from fastgan.train import peak_memory_mib
 
 TOP = 10
@@ -109,40 +116,40 @@ def _activities(device: torch.device) -> list[ProfilerActivity]:
     return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
 
 
-def energy(engine: Engine, real: Tensor, calls: list[PhaseCall], seconds: float) -> dict[str, Any] | str:
+def energy(engine: Engine, batch: Batch, calls: list[PhaseCall], seconds: float) -> dict[str, Any] | str:
     """NVML's readings over whole periods of the lazy penalties, or the line that says why there are none."""
     try:
         sampler = nvml.Sampler(engine.device)
     except nvml.Unavailable as error:
         return str(error)
-    period = round(1 / min(call.share for call in calls))
+    period = max(round(1 / min(call.share for call in calls)), 1)
     first = engine.images
     with sampler:
         start = time.perf_counter()
         while time.perf_counter() - start < seconds:
             for _ in range(period):
-                engine.step(real)
+                engine.step(*batch)
             synchronize(engine.device)
     return sampler.summary(engine.images - first)
 
 
 def profile(config: Config, device: torch.device, seconds: float, trace: Path | None) -> dict[str, Any]:
     """Measure, print, and return every figure; times in seconds."""
-    engine, real = Engine(config, device), random_images(config, device)
-    engine.step(real)  # gives the optimizers their state
-    calls = phase_calls(engine, real)
+    engine, batch = Engine(config, device), random_step(config, device)
+    engine.step(*batch)  # gives the optimizers their state
+    calls = phase_calls(engine, random_images(config, device))
     mode = "compiled" if config.compile else "eager"
     size = f"{config.resolution}x{config.resolution}"
     print(f"{config.arch} {size}, batch {config.batch}, {config.precision}, {mode}, on {device}")
     times, update = step_times(engine, calls, seconds)
     step = update + sum(call.share * t for call, t in zip(calls, times, strict=True))
     memory = peak_memory_mib(device)
-    readings = energy(engine, real, calls, seconds)
+    readings = energy(engine, batch, calls, seconds)
     limits = [limit(call, config.dtype) for call in calls]
     limit_of_step = sum(call.share * each for call, each in zip(calls, limits, strict=True))
     top = costliest(calls, device)
     if trace:
-        write_trace(engine, real, trace)
+        write_trace(engine, batch, trace)
 
     phases = [
         {"phase": c.phase.name, "share": c.share, "seconds": t, "limit": each, "fraction": each / t}
@@ -154,8 +161,8 @@ def profile(config: Config, device: torch.device, seconds: float, trace: Path | 
         "update_seconds": update,
         "step_seconds": step,
         "fraction_of_limit": limit_of_step / step,
-        "images_per_second": config.batch / step,
-        "seconds_per_kimg": 1000 * step / config.batch,
+        "images_per_second": config.step_images / step,
+        "seconds_per_kimg": 1000 * step / config.step_images,
         "peak_memory_mib": memory,
         "costliest": [{"name": name, "seconds_per_step": t} for name, t in top],
         "nvml": readings,
@@ -191,11 +198,11 @@ def _print(figures: dict[str, Any]) -> None:
         print(f"{name:20}  {shown}")
 
 
-def write_trace(engine: Engine, real: Tensor, path: Path) -> None:
+def write_trace(engine: Engine, batch: Batch, path: Path) -> None:
     """A step with both penalties, for chrome://tracing or ui.perfetto.dev."""
     engine.images = 0
     with torch.profiler.profile(activities=_activities(engine.device)) as profiler:
-        engine.step(real)
+        engine.step(*batch)
         synchronize(engine.device)
     profiler.export_chrome_trace(str(path))
 
@@ -210,16 +217,18 @@ def sweep_batch(config: Config, device: torch.device, seconds: float) -> list[di
             print(f"batch {batch}: would take half of the free memory or more (estimate)")
             break
         try:
-            engine, real = Engine(each, device), random_images(each, device)
-            engine.step(real)
-            calls = phase_calls(engine, real)
+            engine = Engine(each, device)
+            engine.step(*random_step(each, device))
+            calls = phase_calls(engine, random_images(each, device))
             times, update = step_times(engine, calls, seconds)
         except torch.OutOfMemoryError:
             print(f"batch {batch}: out of memory")
             break
         step = update + sum(call.share * t for call, t in zip(calls, times, strict=True))
-        rows.append({"batch": batch, "images_per_second": batch / step, "step_seconds": step})
-        print(f"batch {batch}: {batch / step:.2f} images/s, {1000 * step:.1f} ms a step", flush=True)
+        rows.append({"batch": batch, "images_per_second": each.step_images / step, "step_seconds": step})
+        print(
+            f"batch {batch}: {each.step_images / step:.2f} images/s, {1000 * step:.1f} ms a step", flush=True
+        )
         if len(rows) > 2 and rows[-1]["images_per_second"] < OUT_OF_STEAM * rows[-3]["images_per_second"]:
             break
         batch *= 2

@@ -1,5 +1,6 @@
 """python -m fastgan.train: flags to a configuration, then the loop."""
 
+import dataclasses
 import os
 import resource
 import signal
@@ -17,9 +18,9 @@ from tqdm import tqdm
 from fastgan import cli, precompile
 from fastgan.checkpoint import load_checkpoint, save_checkpoint
 from fastgan.config import Config, UsageError, make_config, resolve_device
-from fastgan.data import Feed, load_images
+from fastgan.data import Feed, PairFeed, load_images
 from fastgan.engine import Engine
-from fastgan.images import grid, save_image, to_uint8
+from fastgan.images import grid, save_image, side_by_side, to_uint8
 from fastgan.run_folder import RunFolder, new_run_dir, save_generator
 
 GRID = 64  # images of a sample grid
@@ -116,11 +117,27 @@ def out_of_memory(config: Config, device: torch.device) -> str:
     return f"out of memory on {device}: {allocated} allocated of {reserved} reserved; {' or '.join(ways)}"
 
 
+def open_data(config: Config, device: torch.device) -> tuple[Config, Feed | PairFeed, str]:
+    """The config, now with the number of classes, the feed, and a line on what it holds."""
+    sets = [
+        load_images(name, config.resolution, config.channels, config.crop, config.skip_bad)
+        for name in (config.data, config.data_b)[: config.domains]
+    ]
+    if config.cond:
+        if len(sets[0].classes) < 2:
+            raise UsageError(f"--cond needs classes, but --data {config.data} has none; use sub-folders")
+        config = dataclasses.replace(config, classes=len(sets[0].classes))
+    feeds = [Feed(images, device, config.seed + i, config.mirror) for i, images in enumerate(sets)]
+    skipped = sum(len(images.skipped) for images in sets)
+    about = " and ".join(f"{len(images)} images of {images.name}" for images in sets)
+    about += f", {skipped} files left out" if skipped else ""
+    return config, feeds[0] if len(feeds) == 1 else PairFeed(*feeds), about
+
+
 def train(config: Config, device: torch.device, run_dir: Path) -> int:
     """Run or resume `config` in `run_dir`; returns the exit code."""
-    images = load_images(config.data, config.resolution, config.channels, config.crop, config.skip_bad)
+    config, feed, about = open_data(config, device)
     folder = RunFolder(run_dir, config)
-    feed = Feed(images, device, config.seed, config.mirror)
     stop = StopRequest()
     progress = helper = None
     try:
@@ -131,15 +148,13 @@ def train(config: Config, device: torch.device, run_dir: Path) -> int:
             engine.load_state(*checkpoint)
         folder.rewind_log(engine.images)
         progress = Progress(config.images, min(engine.images, config.images))
-        for phase in (engine.d, engine.d_r1, engine.g, engine.g_path):
-            phase.announce = progress.say
-        skipped = f", {len(images.skipped)} files left out" if images.skipped else ""
-        progress.say(f"{config.arch} on {len(images)} images of {config.data}{skipped}: {run_dir}")
+        engine.announce = progress.say
+        progress.say(f"{config.arch} on {about}: {run_dir}")
         if engine.images:
             progress.say(f"resuming at {engine.images / 1000:.1f} kimg")
-        count = min(GRID, len(images))
-        save_image(run_dir / "reals.png", grid(to_uint8(feed.batch(0, count)[0] / 127.5 - 1)))
-        return _loop(config, engine, feed, folder, stop, progress)
+        reals = feed.batch(0, min(GRID, feed.count))[0]
+        save_image(run_dir / "reals.png", picture(config, reals / 127.5 - 1))
+        return _loop(config, engine, feed, reals, folder, stop, progress)
     except torch.OutOfMemoryError:
         raise UsageError(out_of_memory(config, device)) from None
     finally:
@@ -154,15 +169,17 @@ def train(config: Config, device: torch.device, run_dir: Path) -> int:
 
 
 def _loop(
-    config: Config, engine: Engine, feed: Feed, folder: RunFolder, stop: StopRequest, progress: Progress
+    config: Config,
+    engine: Engine,
+    feed: Feed | PairFeed,
+    reals: torch.Tensor,
+    folder: RunFolder,
+    stop: StopRequest,
+    progress: Progress,
 ) -> int:
-    phases = (engine.d, engine.d_r1, engine.g, engine.g_path)
-    latents = torch.randn(GRID, config.z_dim, generator=torch.Generator().manual_seed(config.seed))
+    latents = torch.randn(GRID, engine.G.z_dim, generator=torch.Generator().manual_seed(config.seed))
     first, began = engine.images, time.perf_counter()
     tick_first, tick_began, tick_compiling = first, began, 0.0
-
-    def compiling() -> float:
-        return sum(p.seconds or 0.0 for p in phases)
 
     def save() -> None:
         engine.settle()
@@ -171,13 +188,13 @@ def _loop(
         save_generator(folder.path / "generator.safetensors", state, config, engine.images)
 
     while engine.images < config.images and stop.signal is None:
-        engine.step(feed.batch(engine.images, config.batch)[0])
-        progress.advance(config.batch)
+        engine.step(*feed.batch(engine.images, config.step_images))
+        progress.advance(config.step_images)
         done = engine.images >= config.images
-        if done or crossed(engine.images, config.batch, config.tick_kimg):
+        if done or crossed(engine.images, config.step_images, config.tick_kimg):
             losses = engine.take_losses()  # waits for the device, so the clock is read after it
             now = time.perf_counter()
-            training = now - tick_began - (compiling() - tick_compiling)
+            training = now - tick_began - (engine.compiling - tick_compiling)
             rate = (engine.images - tick_first) / max(training, 1e-9)
             line = {
                 "images": engine.images,
@@ -189,9 +206,9 @@ def _loop(
             folder.log(line)
             progress.tick(line, (config.images - engine.images) / rate, losses)
             name = f"{engine.images:09d}.png"
-            save_image(folder.path / "samples" / name, sample_grid(engine, latents))
-            tick_first, tick_began, tick_compiling = engine.images, time.perf_counter(), compiling()
-        if done or crossed(engine.images, config.batch, config.checkpoint_kimg):
+            save_image(folder.path / "samples" / name, sample_grid(engine, latents, reals))
+            tick_first, tick_began, tick_compiling = engine.images, time.perf_counter(), engine.compiling
+        if done or crossed(engine.images, config.step_images, config.checkpoint_kimg):
             save()
             folder.plot()
 
@@ -203,12 +220,12 @@ def _loop(
         )
         return 128 + stop.signal
     seconds = time.perf_counter() - began
-    trained, training = engine.images - first, seconds - compiling()
+    trained, training = engine.images - first, seconds - engine.compiling
     progress.close()
     if trained:
         print(
             f"trained {trained / 1000:.1f} kimg in {duration(seconds)}, "
-            f"of which {duration(compiling())} compiling: "
+            f"of which {duration(engine.compiling)} compiling: "
             f"{trained / training:.0f} images/s, {1000 * training / trained:.2f} s/kimg"
         )
     print(f"pictures: {folder.path / 'samples'}")
@@ -223,9 +240,21 @@ def crossed(images: int, batch: int, kimg: float) -> bool:
 
 
 @torch.no_grad()
-def sample_grid(engine: Engine, latents: torch.Tensor) -> np.ndarray:
+def sample_grid(engine: Engine, latents: torch.Tensor, reals: torch.Tensor) -> np.ndarray:
+    """Samples of fixed latents, class by class where there are classes; what becomes of real images where
+    the generator translates them."""
     engine.settle()
-    return grid(to_uint8(engine.ema(latents.to(engine.device))))
+    c = engine.config
+    labels = torch.arange(len(latents), device=engine.device) % c.c_dim if c.cond else None
+    if getattr(engine.ema, "translates", False):
+        images = engine.ema(reals / 127.5 - 1)
+        return grid(np.concatenate([side_by_side(reals / 127.5 - 1), side_by_side(images)], axis=2))
+    return picture(c, engine.ema(latents.to(engine.device), engine.one_hot(labels)))
+
+
+def picture(config: Config, images: torch.Tensor) -> np.ndarray:
+    """A grid of -1..1 [N, C, R, R]; of two domains, pairs side by side."""
+    return grid(side_by_side(images) if config.domains == 2 else to_uint8(images))
 
 
 if __name__ == "__main__":

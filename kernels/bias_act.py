@@ -56,9 +56,9 @@ def _activate(x: Tensor, act: str, alpha: float) -> Tensor:
         case "linear":
             return x
         case "relu":
-            return F.relu(x)
+            return _leaky_relu(x, 0.0)
         case "lrelu":
-            return F.leaky_relu(x, alpha)
+            return _leaky_relu(x, alpha) if alpha >= 0 else F.leaky_relu(x, alpha)
         case "tanh":
             return torch.tanh(x)
         case "sigmoid":
@@ -71,6 +71,32 @@ def _activate(x: Tensor, act: str, alpha: float) -> Tensor:
             return F.softplus(x)
         case _:
             return torch.sigmoid(x) * x
+
+
+# The slope is read off the result, so that x need not be kept, and is a constant to the second derivative, for
+# which aten would carry zeros back through all layers below. torch.compile sees through both.
+@torch.library.triton_op("fastgan::leaky_relu", mutates_args=())
+def _leaky_relu(x: Tensor, alpha: float) -> Tensor:
+    return torch.ops.aten.leaky_relu(x, alpha)
+
+
+@torch.library.triton_op("fastgan::leaky_relu_backward", mutates_args=())
+def _leaky_relu_backward(dy: Tensor, y: Tensor, alpha: float) -> Tensor:
+    return torch.ops.aten.leaky_relu_backward(dy, y, alpha, True)
+
+
+def _save_leaky_relu(ctx, inputs, output):
+    ctx.alpha = inputs[-1]
+    ctx.save_for_backward(output if len(inputs) == 2 else inputs[1])
+
+
+def _leaky_relu_adjoint(ctx, dy):
+    (y,) = ctx.saved_tensors
+    return _leaky_relu_backward(dy, y.detach(), ctx.alpha), *(None,) * (len(ctx.needs_input_grad) - 1)
+
+
+_leaky_relu.register_autograd(_leaky_relu_adjoint, setup_context=_save_leaky_relu)
+_leaky_relu_backward.register_autograd(_leaky_relu_adjoint, setup_context=_save_leaky_relu)
 
 
 @jit

@@ -565,6 +565,23 @@ def norm_act_triton(
     return y if fused == act else _bias_act(y, None, 1, act, alpha, 1.0, None)
 
 
+def _instance_norm(x: Tensor, eps: float) -> Tensor:
+    """F.instance_norm in the layout of x.
+
+    ATen's copies channels_last to contiguous memory and leaves the result there, for the next convolution to
+    copy back. Batch norm of one sample is the same thing, and takes either layout: for N samples as well,
+    unless they are so small that N calls cost more than the copies.
+    """
+    if not is_channels_last(x):
+        return F.instance_norm(x, eps=eps)
+    if x.shape[0] == 1:
+        return F.batch_norm(x, None, None, None, None, True, 0.0, eps)
+    if x.device.type == "cpu" and x[0].numel() >= 4096 and not torch.compiler.is_compiling():
+        samples = [F.batch_norm(s, None, None, None, None, True, 0.0, eps) for s in x.split(1)]
+        return torch.cat(samples)
+    return F.instance_norm(x, eps=eps).contiguous(memory_format=torch.channels_last)
+
+
 def norm_act_ref(
     x: Tensor,
     scale: Tensor | None,
@@ -582,7 +599,7 @@ def norm_act_ref(
     if x.numel() == 0:
         y = x
     elif mode == "instance":
-        y = F.instance_norm(x, eps=eps)
+        y = _instance_norm(x, eps)
     else:
         y = F.batch_norm(x, running_mean, running_var, None, None, mode == "batch", momentum, eps)
     if scale is not None:

@@ -7,31 +7,41 @@ from typing import Any
 
 import pytest
 import torch
+from family_cases import tiny_config
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastgan.config import Config, build_networks, make_config
+from fastgan.config import PRESETS, Config, build_networks
 from fastgan.engine import Engine, blend, number, set_precision
 from fastgan.limit import PhaseCall, phase_calls, random_images
 
 aten = torch.ops.aten
 CPU, META, CUDA = torch.device("cpu"), torch.device("meta"), torch.device("cuda:0")
-SIZES: dict[str, dict[str, Any]] = {
-    "stylegan": {"resolution": 16, "batch": 8},
-    "dcgan": {"resolution": 16, "batch": 8, "dropout": 0.1, "instance_noise": 0.3},
-}
 PHASES = ("D", "D with R1", "G", "G with path length")
+# What a family's own recipe leaves out, so that each switch stands in the phases of some family.
+SWITCHES: dict[str, dict[str, Any]] = {
+    "gan": {"feature_matching": 1.0, "label_smoothing": 0.1},
+    "cgan": {"ada": 0.6},
+    "dcgan": {"dropout": 0.1, "r1": 1.0, "pl": 1.0, "diffaugment": "color,translation,cutout"},
+    "cogan": {"ada": 0.6},
+    "stylegan": {"cond": True, "classes": 3},
+    "stylegan1": {"spectral_norm": True, "accumulate": 2},
+    "r3gan": {"cond": True, "classes": 3},
+}
 
 
 def config(arch: str, precision: str = "bf16") -> Config:
-    return make_config(arch, device="cpu", precision=precision, r1=1.0, pl=1.0, **SIZES[arch])
+    return tiny_config(arch, precision=precision, **SWITCHES.get(arch, {}))
 
 
 def phase_call(config: Config, name: str) -> PhaseCall:
     calls = phase_calls(Engine(config, CPU), random_images(config, CPU))
-    return next(call for call in calls if call.phase.name == name)
+    for call in calls:
+        if call.phase.name == name:
+            return call
+    pytest.skip(f"{config.arch} has no phase {name!r}")
 
 
 class OneDevice(TorchDispatchMode):
@@ -76,7 +86,7 @@ def is_tensor(value: Any) -> bool:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("arch", SIZES)
+@pytest.mark.parametrize("arch", PRESETS)
 def test_a_phase_stays_on_its_device(arch: str, phase: str, precision: str):
     """Two steps: the same operations on the same shapes."""
     call = phase_call(config(arch, precision), phase)
@@ -87,7 +97,7 @@ def test_a_phase_stays_on_its_device(arch: str, phase: str, precision: str):
             result = function(*args)
         assert all(t.device == META for t in tree_leaves(result))
         steps.append(mode.shapes)
-    assert len(steps[0]) > 50
+    assert len(steps[0]) > 20
     assert steps[0] == steps[1]
 
 
@@ -143,8 +153,8 @@ def test_a_planted_fault_is_found(fault: Callable[[Tensor], Tensor], message: st
     function, (G, D, *args) = call.phase.function, call.meta_args()
 
     class Faulty(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return D(fault(x))
+        def forward(self, x: Tensor, c: Tensor | None) -> Tensor:
+            return D(fault(x), c)
 
     with OneDevice(META), pytest.raises(AssertionError, match=message):
         function(G, Faulty(), *args)
@@ -193,7 +203,7 @@ def on_fake_cuda(net: nn.Module) -> None:
 
 @pytest.mark.usefixtures("without_cuda")
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-@pytest.mark.parametrize("arch", SIZES)
+@pytest.mark.parametrize("arch", PRESETS)
 def test_forward_passes_on_fake_cuda(arch: str, impl: str, monkeypatch: pytest.MonkeyPatch):
     """Training samples and their logits, by PyTorch's own rules about devices and the registered kernels'."""
     monkeypatch.setenv("FASTGAN_KERNELS", impl)
@@ -203,9 +213,11 @@ def test_forward_passes_on_fake_cuda(arch: str, impl: str, monkeypatch: pytest.M
         for net in (G, D):
             on_fake_cuda(net)
         normal, uniform = (torch.empty(4, n, device=CUDA) for n in (G.normals, G.uniforms))
-        images, _ = G.sample(normal, uniform)
-        assert images.device == CUDA and images.shape == (4, 3, c.resolution, c.resolution)
-        assert D(images).device == CUDA
+        shape = (4, c.domains * c.channels, c.resolution, c.resolution)
+        labels = torch.empty(shape if c.domains == 2 else (4, c.c_dim), device=CUDA)
+        images, _ = G.sample(normal, uniform, labels)
+        assert images.device == CUDA and images.shape == shape
+        assert D(images, labels).device == CUDA
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py runs them on the device")

@@ -56,7 +56,7 @@ def test_a_compiled_step_equals_an_eager_one(arch: str):
     config = make_config(arch, batch=8, precision="fp32", device="cuda")
     real = torch.randint(0, 256, (8, 3, config.resolution, config.resolution), dtype=torch.uint8, device=CUDA)
     eager, compiled = Engine(config, CUDA), Engine(config, CUDA)
-    for phase in (compiled.d, compiled.d_r1, compiled.g, compiled.g_path):
+    for phase in compiled.phases:
         phase.compiled = torch.compile(phase.function, fullgraph=True, dynamic=False)
         phase.eager_steps = 0
     with torch._dynamo.config.patch(trace_autograd_ops=True):
@@ -79,7 +79,7 @@ def test_replayed_steps_equal_launched_ones(arch: str, monkeypatch):
     for _ in range(6):
         launched.step(real)
         replayed.step(real)
-    for phase in (replayed.d, replayed.d_r1, replayed.g, replayed.g_path):
+    for phase in replayed.phases:
         assert phase.recording and phase.recording.replay
     expected = launched.state()
     for name, value in replayed.state().items():

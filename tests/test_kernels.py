@@ -1,12 +1,15 @@
 """The fused operations against golden values: first and second order."""
 
+import pytest
 import torch
+import torch.nn.functional as F
 from golden_cases import Case, golden
 
 from fastgan.kernels.bias_act import bias_act
 from fastgan.kernels.conv2d_resample import conv2d_resample
 from fastgan.kernels.minibatch_stddev import minibatch_stddev
 from fastgan.kernels.modulated_conv2d import modulated_conv2d
+from fastgan.kernels.norm_act import instance_norm_act
 from fastgan.kernels.upfirdn2d import (
     downsample2d,
     filter2d,
@@ -59,3 +62,22 @@ def test_modulated_conv2d(case: Case):
     x, weight, styles = inputs["x"], inputs["weight"], inputs["styles"]
     y = modulated_conv2d(x, weight, styles, inputs.get("noise"), resample_filter=inputs["f"], **args)
     case.check_derivatives(y, inputs)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 5, 5), (3, 16, 16, 16), (3, 4, 5, 7), (2, 64, 8, 8)])
+def test_instance_norm_stays_in_its_layout(shape: tuple[int, ...]):
+    """One sample, samples normalised one by one, samples too small for that."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64) * 3 + 1
+    r = torch.randn(shape, generator=generator, dtype=torch.float64)
+    results = []
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        x = values.clone(memory_format=memory_format).requires_grad_()
+        y = instance_norm_act(x, eps=1e-3, act="lrelu", alpha=0.1)
+        assert y.is_contiguous(memory_format=memory_format)
+        (g,) = torch.autograd.grad((y * r).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(g.square().sum(), x)
+        results.append((y, g, second))
+    torch.testing.assert_close(results[1][0], F.leaky_relu(F.instance_norm(values, eps=1e-3), 0.1))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)

@@ -5,6 +5,7 @@ import torch
 from golden_cases import Case, golden
 from torch import nn
 
+from fastgan import layers
 from fastgan.kernels.norm_act import pixel_norm
 from fastgan.models import dcgan, stylegan
 
@@ -20,9 +21,12 @@ def without_prefix(kwargs: dict) -> dict:
     """stylegan2-ada-pytorch's nested constructor arguments as ours."""
     flat = {k: v for k, v in kwargs.items() if not k.endswith("_kwargs")}
     flat |= kwargs.get("synthesis_kwargs", {})
+    names = {"img_resolution": "resolution", "img_channels": "channels"}
+    flat = {names.get(k, k): v for k, v in flat.items()}
     if "num_layers" in kwargs.get("mapping_kwargs", {}):
         flat["mapping_layers"] = kwargs["mapping_kwargs"]["num_layers"]
-    return flat | kwargs.get("epilogue_kwargs", {})
+    epilogue = {"mbstd_group_size": "mbstd_group"}
+    return flat | {epilogue.get(k, k): v for k, v in kwargs.get("epilogue_kwargs", {}).items()}
 
 
 def parameters(net: nn.Module) -> int:
@@ -53,14 +57,14 @@ def test_torgb(case: Case):
 
 @golden("stylegan2_layers", "fully_connected_layer")
 def test_fully_connected(case: Case):
-    layer = stylegan.FullyConnected(**case.args["ctor"])
+    layer = layers.FullyConnected(**case.args["ctor"])
     inputs = load(layer, case) | {"x": case.tensor("in.x").requires_grad_()}
     case.check_derivatives(layer(inputs["x"]), inputs)
 
 
 @golden("stylegan2_layers", "conv2d_layer")
 def test_conv2d(case: Case):
-    layer = stylegan.Conv2d(**case.args["ctor"])
+    layer = layers.Conv2d(**case.args["ctor"])
     inputs = load(layer, case) | {"x": case.tensor("in.x").requires_grad_()}
     case.check_derivatives(layer(inputs["x"], gain=case.args["gain"]), inputs)
 

@@ -11,22 +11,33 @@ from test_models import load, without_prefix
 from torch import Tensor, nn
 
 from fastgan.compiled import Phase, compile_phase
+from fastgan.convert import rosinality_discriminator, rosinality_generator
 from fastgan.engine import place
-from fastgan.losses import LOSSES, gradient_penalty, gradient_square, path_length
+from fastgan.losses import (
+    LOSSES,
+    gradient_penalty,
+    gradient_square,
+    hinge_d,
+    hinge_g,
+    logistic_d,
+    non_saturating_g,
+    path_length,
+)
 from fastgan.models import Discriminator, Generator, dcgan, stylegan
-from fastgan.step import d_phase, g_path_phase, g_phase
+from fastgan.step import Latents, Objective, d_phase, g_path_phase, g_phase
 
 CPU = torch.device("cpu")
 
 
 @golden("losses_hinge_logistic")
 def test_adversarial_losses(case: Case):
-    loss = LOSSES["hinge" if case.spec["op"].startswith("hinge") else "non-saturating"]
     inputs = {k: v.requires_grad_() for k, v in case.group("in.").items()}
-    if case.spec["op"].endswith("_dis"):
-        y = torch.stack(loss.d(inputs["real"], inputs["fake"]))
-    else:
-        y = loss.g(inputs["fake"])
+    y = {
+        "hinge_dis": lambda real, fake: torch.stack(hinge_d(real, fake)),
+        "hinge_gen": hinge_g,
+        "logistic_dis": lambda real, fake: torch.stack(logistic_d(real, fake)),
+        "logistic_gen": non_saturating_g,
+    }[case.spec["op"]](**inputs)
     case.check_derivatives(y, inputs)
 
 
@@ -34,7 +45,7 @@ def test_adversarial_losses(case: Case):
 def test_rosinality_logistic(case: Case):
     inputs = {k: v.requires_grad_() for k, v in case.group("in.").items()}
     loss = LOSSES["non-saturating"]
-    y = torch.stack([torch.stack(loss.d(inputs["real"], inputs["fake"])).sum(), loss.g(inputs["fake"])])
+    y = torch.stack([loss.d(inputs["real"], inputs["fake"], 0.0), loss.g(inputs["fake"], None)])
     case.check_derivatives(y, inputs)
 
 
@@ -60,60 +71,10 @@ def test_gradient_penalties(case: Case):
     case.check_derivatives(y, weights)
 
 
-def from_rosinality(state: dict[str, Tensor], resolution: int) -> dict[str, Tensor]:
-    """rosinality's generator or discriminator under our names.
-
-    Its tables: a layer's weights carry a batch dimension of one; the first layer of a resolution is convs.2i,
-    the second convs.2i+1; a ResBlock is conv1, conv2 (behind a blur) and skip.
-    """
-    out = {}
-    resolutions = [2**i for i in range(3, resolution.bit_length())]
-    if "input.input" in state:
-        layers = {"b4.conv1": "conv1", "b4.torgb": "to_rgb1"}
-        for i, res in enumerate(resolutions):
-            layers |= {f"b{res}.conv0": f"convs.{2 * i}", f"b{res}.conv1": f"convs.{2 * i + 1}"}
-            layers |= {f"b{res}.torgb": f"to_rgbs.{i}"}
-        out["synthesis.b4.const"] = state["input.input"][0]
-        for ours, theirs in layers.items():
-            out[f"synthesis.{ours}.weight"] = state[f"{theirs}.conv.weight"][0]
-            out[f"synthesis.{ours}.affine.weight"] = state[f"{theirs}.conv.modulation.weight"]
-            out[f"synthesis.{ours}.affine.bias"] = state[f"{theirs}.conv.modulation.bias"]
-            if "torgb" in ours:
-                out[f"synthesis.{ours}.bias"] = state[f"{theirs}.bias"].flatten()
-            else:
-                out[f"synthesis.{ours}.bias"] = state[f"{theirs}.activate.bias"]
-                out[f"synthesis.{ours}.noise_strength"] = state[f"{theirs}.noise.weight"][0]
-        sides = [4] + [r for r in resolutions for _ in range(2)]
-        names = ["b4.conv1"] + [f"b{r}.conv{i}" for r in resolutions for i in (0, 1)]
-        for i, (name, side) in enumerate(zip(names, sides, strict=True)):
-            noise = state.get(f"noises.noise_{i}")
-            out[f"synthesis.{name}.noise_const"] = torch.zeros(side, side) if noise is None else noise[0, 0]
-        for i in itertools.count():
-            if f"style.{i + 1}.weight" not in state:
-                break
-            out[f"mapping.fc{i}.weight"] = state[f"style.{i + 1}.weight"]
-            out[f"mapping.fc{i}.bias"] = state[f"style.{i + 1}.bias"]
-        out["mapping.w_avg"] = torch.zeros(state["style.1.weight"].shape[0])
-        return out
-    out[f"b{resolution}.fromrgb.weight"] = state["convs.0.0.weight"]
-    out[f"b{resolution}.fromrgb.bias"] = state["convs.0.1.bias"]
-    for i, res in enumerate(reversed(resolutions), start=1):
-        out[f"b{res}.conv0.weight"] = state[f"convs.{i}.conv1.0.weight"]
-        out[f"b{res}.conv0.bias"] = state[f"convs.{i}.conv1.1.bias"]
-        out[f"b{res}.conv1.weight"] = state[f"convs.{i}.conv2.1.weight"]
-        out[f"b{res}.conv1.bias"] = state[f"convs.{i}.conv2.2.bias"]
-        out[f"b{res}.skip.weight"] = state[f"convs.{i}.skip.1.weight"]
-    names = {"final_conv.0.weight": "conv.weight", "final_conv.1.bias": "conv.bias"}
-    names |= {"final_linear.0.weight": "fc.weight", "final_linear.0.bias": "fc.bias"}
-    names |= {"final_linear.1.weight": "out.weight", "final_linear.1.bias": "out.bias"}
-    return out | {f"b4.{ours}": state[theirs] for theirs, ours in names.items()}
-
-
-def check_rosinality_gradients(case: Case, y: Tensor, net: nn.Module, resolution: int):
+def check_rosinality_gradients(case: Case, y: Tensor, net: nn.Module, expected: dict[str, Tensor]):
     case.check("out.y", y)
     named = dict(net.named_parameters())
     grads = torch.autograd.grad(y * case.tensor("r"), list(named.values()), materialize_grads=True)
-    expected = from_rosinality(case.group("g.param."), resolution)
     for name, grad in zip(named, grads, strict=True):
         torch.testing.assert_close(
             grad, expected[name].reshape(grad.shape), rtol=2e-7, atol=1e-9
@@ -126,22 +87,23 @@ def test_rosinality_path_length(case: Case):
     G = stylegan.Generator(
         a["style_dim"], 0, a["style_dim"], a["size"], 3, a["n_mlp"], 4096, a["ch"]
     ).double()
-    G.load_state_dict(from_rosinality(case.group("in.param."), a["size"]))
+    G.load_state_dict(rosinality_generator(case.group("in.param.")))
     ws = G.mapping(case.tensor("in.z"))
     mean = case.tensor("in.mean_path_length")
     y, new_mean, lengths = path_length(G.synthesis(ws), ws, case.tensor("in.pl_noise"), mean, 0.01)
     case.check("out.path_lengths", lengths)
     case.check("out.path_mean_new", new_mean)
-    check_rosinality_gradients(case, y, G, a["size"])
+    check_rosinality_gradients(case, y, G, rosinality_generator(case.group("g.param.")))
 
 
 @golden("rosinality_losses", "rosi_r1")
 def test_rosinality_r1(case: Case):
     a = case.args
     D = stylegan.Discriminator(0, a["size"], 3, 4096, a["ch"]).double()
-    D.load_state_dict(from_rosinality(case.group("in.param."), a["size"]))
+    D.load_state_dict(rosinality_discriminator(case.group("in.param.")))
     x = case.tensor("in.x").requires_grad_()
-    check_rosinality_gradients(case, gradient_square(D(x), x), D, a["size"])
+    expected = rosinality_discriminator(case.group("g.param."))
+    check_rosinality_gradients(case, gradient_square(D(x), x), D, expected)
 
 
 @golden("stylegan2_loss_phases")
@@ -153,18 +115,17 @@ def test_stylegan_phases(case: Case):
     load(G, case, "in.G.")
     load(D, case, "in.D.")
     z, real, none = case.tensor("in.z"), case.tensor("in.real"), torch.empty(4, 0)
+    latents = Latents(z, none)
     if a["phase"].startswith("D"):
         net, prefix = D, "D"
-        main = d_phase(G, D, real, z, none).grads
-        both = d_phase(G, D, real, z, none, r1_weight=a["r1_gamma"] / 2).grads
+        main = d_phase(G, D, real, None, latents).grads
+        both = d_phase(G, D, real, None, latents, objective=Objective(r1=a["r1_gamma"] / 2)).grads
     else:
         net, prefix, count = G, "G", len(z) // a["pl_batch_shrink"]
-        main = g_phase(G, D, z, none).grads
-        result, pl_mean = g_path_phase(
-            *(G, D, z, none, z[:count], none[:count], case.tensor("in.pl_noise"), case.tensor("in.pl_mean")),
-            pl_weight=a["pl_weight"],
-            pl_decay=a["pl_decay"],
-        )
+        main = g_phase(G, D, real, None, latents).grads
+        path = Latents(z[:count], none[:count]), case.tensor("in.pl_noise"), case.tensor("in.pl_mean")
+        objective = Objective(pl=a["pl_weight"], pl_decay=a["pl_decay"])
+        result, pl_mean = g_path_phase(G, D, real, None, latents, *path, objective=objective)
         both = result.grads
         if a["phase"] == "Greg":
             case.check("out.pl_mean_new", pl_mean)
@@ -179,11 +140,11 @@ def test_running_mean_of_w(case: Case):
     D = stylegan.Discriminator(**without_prefix(a["D_ctor"]))
     load(G, case, "in.G.")
     load(D, case, "in.D.")
-    z, none = case.tensor("in.z"), torch.empty(4, 0)
+    args = G, D, case.tensor("in.real"), None, Latents(case.tensor("in.z"), torch.empty(4, 0))
     if a["phase"] == "Gmain":
-        g_phase(G, D, z, none)
+        g_phase(*args)
     elif a["phase"] == "Dmain":
-        d_phase(G, D, case.tensor("in.real"), z, none)
+        d_phase(*args)
     else:
         pytest.skip("the peer's regularization phase runs the mapping without the adversarial phase")
     case.check("out.w_avg_new", G.mapping.w_avg)
@@ -193,7 +154,7 @@ def tiny(arch: str, dtype: torch.dtype) -> tuple[Generator, Discriminator]:
     torch.manual_seed(3)
     if arch == "stylegan":
         G: Generator = stylegan.Generator(6, 0, 5, 8, 3, 2, 32, 6, style_mixing=0.9)
-        D: Discriminator = stylegan.Discriminator(0, 8, 3, 32, 6, mbstd_group_size=2)
+        D: Discriminator = stylegan.Discriminator(0, 8, 3, 32, 6, mbstd_group=2)
         for name, p in G.named_parameters():
             if name.endswith("noise_strength"):
                 nn.init.constant_(p, 0.3)
@@ -207,10 +168,11 @@ def tiny(arch: str, dtype: torch.dtype) -> tuple[Generator, Discriminator]:
     return G, D
 
 
-def draws(G: Generator, count: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+def draws(G: Generator, count: int, dtype: torch.dtype, seed: int = 0) -> Latents:
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(count, G.normals, generator=generator, dtype=torch.float64)
-    return normal.to(dtype), torch.rand(count, G.uniforms, generator=generator, dtype=torch.float64).to(dtype)
+    uniform = torch.rand(count, G.uniforms, generator=generator, dtype=torch.float64)
+    return Latents(normal.to(dtype), uniform.to(dtype))
 
 
 def reals(count: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -222,20 +184,22 @@ def reals(count: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 def phases(arch: str):
     """name -> (function of (call, G, D, dtype, seed), trained network's index), `call` eager or compiled."""
 
+    def args(G, D, dtype, seed):
+        return G, D, reals(4, dtype, seed), None, draws(G, 4, dtype, seed)
+
     def d(call, G, D, dtype, seed):
-        return call(d_phase)(G, D, reals(4, dtype, seed), *draws(G, 4, dtype, seed))
+        return call(d_phase)(*args(G, D, dtype, seed))
 
     def d_r1(call, G, D, dtype, seed):
-        return call(d_phase)(G, D, reals(4, dtype, seed), *draws(G, 4, dtype, seed), r1_weight=5.0)
+        return call(d_phase)(*args(G, D, dtype, seed), objective=Objective(r1=5.0))
 
     def g(call, G, D, dtype, seed):
-        return call(g_phase)(G, D, *draws(G, 4, dtype, seed))
+        return call(g_phase)(*args(G, D, dtype, seed))
 
     def g_path(call, G, D, dtype, seed):
         noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        mean = torch.tensor(0.1, dtype=dtype)
-        latents = (*draws(G, 4, dtype, seed), *draws(G, 2, dtype, seed + 50))
-        return call(g_path_phase)(G, D, *latents, noise.to(dtype), mean, pl_weight=8.0)[0]
+        path = draws(G, 2, dtype, seed + 50), noise.to(dtype), torch.tensor(0.1, dtype=dtype)
+        return call(g_path_phase)(*args(G, D, dtype, seed), *path, objective=Objective(pl=8.0))[0]
 
     return {"D": d, "D with R1": d_r1, "G": g, "G with path length": g_path}
 
@@ -326,12 +290,12 @@ def test_contrast_is_seen_only_against_noise(noise: float):
     G, D = dcgan.Generator(6, 4, 3, 16).double(), dcgan.Discriminator(4, 3, 16, instance_noise=noise).double()
     for p in D.parameters():
         p.data.mul_(20 if p.ndim == 4 else 1)
-    real, (normal, uniform) = torch.rand(4, 3, 16, 16).double() * 2 - 1, draws(G, 4, torch.float64)
+    real, latents = torch.rand(4, 3, 16, 16).double() * 2 - 1, draws(G, 4, torch.float64)
     scores = []
     for gain in (1.0, 1.5):
         G.main[-1] = nn.Sequential(nn.Identity(), Gain(gain))
         torch.manual_seed(0)
-        scores.append(d_phase(G, D, real, normal, uniform).losses["fake_score"])
+        scores.append(d_phase(G, D, real, None, latents).losses["fake_score"])
     assert torch.isclose(scores[0], scores[1], rtol=1e-3) == (noise == 0)
 
 

@@ -1,12 +1,12 @@
 """Training images: the embedded digits or a folder, and the feed that draws batches from them."""
 
 from fastgan.config import UsageError
-from fastgan.data.digits import SUBSETS, load_digits
-from fastgan.data.feed import Feed
+from fastgan.data.digits import load_digits
+from fastgan.data.feed import Feed, PairFeed
 from fastgan.data.folder import load_folder
 from fastgan.data.images import ImageSet
 
-__all__ = ["Feed", "ImageSet", "load_images"]
+__all__ = ["Feed", "ImageSet", "PairFeed", "load_images"]
 
 
 def load_images(
@@ -14,8 +14,9 @@ def load_images(
 ) -> ImageSet:
     """The images that `--data` names, at resolution x resolution pixels.
 
-    data      "digits" for the embedded set, "digits:train" or "digits:test" for a part of it, else a folder
-              (write ./digits for a folder of that name)
+    data      "digits" for the embedded set, "digits:train" or "digits:test" for a part of it,
+              "digits:inverted", "digits:edges", "digits:colored" or "digits:train:inverted" for another form;
+              else a folder (write ./digits for a folder of that name)
     channels  1 (gray) or 3 (RGB)
     crop      "none" demands square images, "center" takes the centre square
     skip_bad  leave out files that cannot be decoded, and name them in `ImageSet.skipped`
@@ -28,10 +29,6 @@ def load_images(
         raise UsageError(f"--channels {channels} is not possible; use 1 (gray) or 3 (RGB)")
     if crop not in ("none", "center"):
         raise UsageError(f"--crop {crop} is unknown; use none or center")
-    name, colon, subset = data.partition(":")
-    if name == "digits":
-        if colon and subset not in SUBSETS:
-            known = ", digits:".join(SUBSETS)
-            raise UsageError(f"--data {data} is unknown; there are digits, digits:{known}")
-        return load_digits(resolution, channels, subset)
+    if data.split(":")[0] == "digits":
+        return load_digits(data, resolution, channels)
     return load_folder(data, resolution, channels, crop, skip_bad)

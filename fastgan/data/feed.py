@@ -125,6 +125,27 @@ class Feed:
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
 
+class PairFeed:
+    """Two domains as one feed: the i-th pair is the i-th draw of `a` and that of `b`, two shuffles.
+
+    Give the feeds different seeds: of two forms of the same images, equal seeds would draw true pairs. Their
+    lengths may differ; each has its own epochs.
+    """
+
+    def __init__(self, a: Feed, b: Feed):
+        self.a, self.b = a, b
+        self.count = max(a.count, b.count)
+
+    def batch(self, start: int, count: int) -> Batch:
+        """Draws start .. start+count-1: uint8 [count, 2C, H, W] in channels_last, without labels."""
+        (a, _), (b, _) = self.a.batch(start, count), self.b.batch(start, count)
+        return torch.cat([a, b], dim=1), None
+
+    def close(self) -> None:
+        self.a.close()
+        self.b.close()
+
+
 class SideStream:
     """Copies to a GPU on a stream of their own: they run beside what the receiver's stream computes.
 

@@ -3,30 +3,46 @@ Generative Adversarial Networks", arXiv:1511.06434).
 
 Layers stand in the order of pytorch/examples' dcgan, so its weights load as they are. The discriminator
 returns logits where that example applies a sigmoid.
+
+From the image down, maps halve and widths double to a map of 4 or 7 pixels: with ngf 64, 64 pixels have
+widths 512, 256, 128 and 64 and 28 pixels have 128 and 64. `blocks` asks for another number of halvings, which
+round up: resolution 28, blocks 4, ngf = ndf = 128 and dropout 0.3 is the variant with 1024, 512, 256, 128 and
+3 channels on maps of 2, 4, 7, 14 and 28 pixels.
+
+With labels the generator's z is joined by them, and the discriminator is a projection discriminator (Miyato
+and Koyama 2018, arXiv:1802.05637): logit = <w + V c, features>, w being its last convolution.
 """
 
 import itertools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgan.kernels.bias_act import bias_act
-from fastgan.kernels.conv_transpose_bn_act import conv2d_bn_act, conv_transpose2d_bn_act
+from fastgan.layers import project, run_layers, with_labels, with_noise
+
+NORMS = ("batch", "layer", "instance", "none")
 
 
-def stages(resolution: int) -> tuple[int, int]:
-    """(side of the smallest map, number of doublings): 64 = 4 * 2^4, 28 = 7 * 2^2."""
+def sides(resolution: int, blocks: int = 0) -> list[int]:
+    """Sides of the maps from the smallest to the image: 64 -> 4, 8, 16, 32, 64 and 28 -> 7, 14, 28; with
+    `blocks` above 0 that many halvings rounded up, 28 by 4 -> 2, 4, 7, 14, 28."""
+    if blocks > 0:
+        halves = [-(-resolution >> i) for i in range(blocks, -1, -1)]
+        if halves[0] < 2:
+            raise ValueError(f"blocks {blocks} halves resolution {resolution} below 2 pixels: use fewer")
+        return halves
     for start in (4, 7):
         doublings = (resolution // start).bit_length() - 1
         if doublings >= 1 and start << doublings == resolution:
-            return start, doublings
-    raise ValueError(f"resolution must be 4 or 7 times a power of two, from 8 on: got {resolution}")
+            return [start << i for i in range(doublings + 1)]
+    raise ValueError(
+        f"resolution must be 4 or 7 times a power of two, from 8 on, or blocks be given: got {resolution}"
+    )
 
 
 def _init(module: nn.Module) -> None:
     """N(0, 0.02) for convolutions, N(1, 0.02) for BatchNorm's scale (section 4)."""
-    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Embedding):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
@@ -38,48 +54,66 @@ def _check_kernel(kernel: int) -> None:
         raise ValueError(f"kernel must be 4 or 5: got {kernel}")
 
 
+def _norm(norm: str, width: int) -> list[nn.Module]:
+    """Layer norm with a scale a channel, as in Gulrajani et al. 2017's code."""
+    if norm == "batch":
+        return [nn.BatchNorm2d(width)]
+    if norm == "layer":
+        return [nn.GroupNorm(1, width)]
+    return [nn.InstanceNorm2d(width, affine=True)] if norm == "instance" else []
+
+
 class Generator(nn.Module):
-    """z [N, nz] -> images [N, channels, R, R] in (-1, 1): transposed convolutions, BatchNorm, ReLU, tanh."""
+    """z [N, z_dim], labels [N, c_dim] -> images [N, channels, R, R] in (-1, 1): transposed convolutions,
+    BatchNorm, ReLU, tanh."""
 
     uniforms = 0
 
     def __init__(
         self,
-        nz: int = 100,
+        z_dim: int = 100,
         ngf: int = 64,
         channels: int = 3,
         resolution: int = 64,
         kernel: int = 4,
         dtype: torch.dtype | None = None,
+        c_dim: int = 0,
+        blocks: int = 0,
     ):
         super().__init__()
         _check_kernel(kernel)
-        start, doublings = stages(resolution)
-        self.z_dim = self.normals = nz
-        self.dtype = dtype
-        widths = [ngf << i for i in range(doublings - 1, -1, -1)]
-        layers: list[nn.Module] = [nn.ConvTranspose2d(nz, widths[0], start, 1, 0, bias=False)]
-        for fan_in, fan_out in zip(widths, [*widths[1:], channels], strict=True):
+        maps = sides(resolution, blocks)
+        self.z_dim = self.normals = z_dim
+        self.c_dim, self.dtype = c_dim, dtype
+        widths = [*(ngf << i for i in range(len(maps) - 2, -1, -1)), channels]
+        layers: list[nn.Module] = [nn.ConvTranspose2d(z_dim + c_dim, widths[0], maps[0], 1, 0, bias=False)]
+        for (fan_in, fan_out), side in zip(itertools.pairwise(widths), maps[1:], strict=True):
             layers += [nn.BatchNorm2d(fan_in), nn.ReLU()]
-            padding, extra = (kernel - 1) // 2, kernel % 2
+            padding = _padding(kernel, side)
+            extra = (kernel - side) % 2
             layers.append(nn.ConvTranspose2d(fan_in, fan_out, kernel, 2, padding, extra, bias=False))
         self.main = nn.Sequential(*layers, nn.Tanh())
         self.apply(_init)
 
-    def forward(self, z: Tensor) -> Tensor:
-        return _run(self.main, z[:, :, None, None], self.dtype)
+    def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
+        *hidden, tanh = self.main
+        z = with_labels(z, c, self.c_dim)
+        return tanh(run_layers(hidden, z[:, :, None, None], self.dtype).to(z.dtype))
 
-    def sample(self, normal: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Training images and the latents behind them: normal [N, nz], uniform [N, 0]."""
-        return self(normal), normal
+    def sample(self, normal: Tensor, uniform: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Training images and the latents behind them: normal [N, z_dim], uniform [N, 0]."""
+        return self(normal, c), normal
 
 
 class Discriminator(nn.Module):
-    """Images [N, channels, R, R] -> logits [N, 1]: strided convolutions, BatchNorm, LeakyReLU, dropout.
+    """Images [N, channels, R, R], labels [N, c_dim] -> logits [N, 1]: strided convolutions, BatchNorm,
+    LeakyReLU, dropout.
 
-    Without biases and behind BatchNorm an image and a multiple of it look the same, and generated pictures
-    stay gray. Gaussian noise of deviation `instance_noise` on every training image (Sønderby et al. 2017,
-    arXiv:1610.04490) sets a scale, and keeps D from learning a small data set by heart.
+    `norm` is "batch", or for a critic that must see each image alone (wgan_gp.py) "layer", "instance" or
+    "none", which have biases where nothing normalises. Without biases and behind BatchNorm, as the paper has
+    it, an image and a multiple of it look the same, and generated pictures stay gray. Gaussian noise of
+    deviation `instance_noise` on every training image (Sønderby et al. 2017, arXiv:1610.04490) sets a scale,
+    and keeps D from learning a small data set by heart.
     """
 
     def __init__(
@@ -92,77 +126,45 @@ class Discriminator(nn.Module):
         dropout: float = 0.0,
         instance_noise: float = 0.0,
         dtype: torch.dtype | None = None,
+        c_dim: int = 0,
+        blocks: int = 0,
+        norm: str = "batch",
     ):
         super().__init__()
         _check_kernel(kernel)
-        start, doublings = stages(resolution)
-        self.dtype = dtype
+        if norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}: got {norm!r}")
+        maps = sides(resolution, blocks)
+        self.c_dim, self.dtype = c_dim, dtype
         self.instance_noise = instance_noise
-        widths = [channels] + [ndf << i for i in range(doublings)]
+        bias = norm != "batch"  # of convolutions with no normalisation behind them
+        widths = [channels] + [ndf << i for i in range(len(maps) - 1)]
         layers: list[nn.Module] = []
         for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
-            layers.append(nn.Conv2d(fan_in, fan_out, kernel, 2, (kernel - 1) // 2, bias=False))
-            if i > 0:
-                layers.append(nn.BatchNorm2d(fan_out))
-            layers.append(nn.LeakyReLU(slope))
+            padding = _padding(kernel, maps[-1 - i])
+            behind = _norm(norm, fan_out) if i > 0 else []
+            layers.append(nn.Conv2d(fan_in, fan_out, kernel, 2, padding, bias=bias and not behind))
+            layers += [*behind, nn.LeakyReLU(slope)]
             if dropout > 0:
                 layers.append(nn.Dropout(dropout))
-        self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, start, 1, 0, bias=False))
+        self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, maps[0], 1, 0, bias=bias))
+        self.embed = nn.Embedding(c_dim, widths[-1] * maps[0] ** 2) if c_dim else None
         self.apply(_init)
 
-    def forward(self, img: Tensor) -> Tensor:
-        if self.training and self.instance_noise > 0:
-            img = img + self.instance_noise * torch.randn_like(img)
-        return _run(self.main, img, self.dtype).flatten(1)
+    def features(self, img: Tensor, c: Tensor | None = None) -> Tensor:
+        """The last hidden map [N, C, 4, 4] (or 7), in `dtype`."""
+        img = with_noise(img, self.instance_noise, self.training)
+        return run_layers(list(self.main)[:-1], img, self.dtype)
+
+    def head(self, features: Tensor, c: Tensor | None = None) -> Tensor:
+        logits = run_layers([self.main[-1]], features, self.dtype).flatten(1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return project(logits, features, c, self.embed)
+
+    def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
+        return self.head(self.features(img), c)
 
 
-def _run(layers: nn.Sequential, x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """`layers` with every convolution, BatchNorm and activation in a row as one operation: convolutions in
-    `dtype`, BatchNorm with fp32 statistics, tanh and logits in x's dtype."""
-    precise = x.dtype
-    x = x.to(dtype or precise)
-    left = list(layers)
-    while left:
-        layer = left.pop(0)
-        if isinstance(layer, nn.LeakyReLU):
-            x = bias_act(x, act="lrelu", alpha=layer.negative_slope, gain=1.0)
-        elif not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-            x = layer(x)
-        elif left and isinstance(norm := left[0], nn.BatchNorm2d):
-            x, left = _conv_bn_act(x, layer, norm, left[1]), left[2:]
-        else:
-            x = _conv(x, layer)
-            if not any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in left):
-                x = x.to(precise)
-    return x
-
-
-def _conv(x: Tensor, conv: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
-    weight, stride, padding = conv.weight.to(x.dtype), conv.stride[0], int(conv.padding[0])
-    if isinstance(conv, nn.ConvTranspose2d):
-        return F.conv_transpose2d(x, weight, None, stride, padding, conv.output_padding[0])
-    return F.conv2d(x, weight, None, stride, padding)
-
-
-def _conv_bn_act(
-    x: Tensor, conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d, act: nn.Module
-) -> Tensor:
-    assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
-    assert norm.num_batches_tracked is not None
-    if norm.training:
-        norm.num_batches_tracked.add_(1)
-    return (conv_transpose2d_bn_act if isinstance(conv, nn.ConvTranspose2d) else conv2d_bn_act)(
-        x,
-        conv.weight,
-        norm.weight,
-        norm.bias,
-        norm.running_mean,
-        norm.running_var,
-        stride=conv.stride[0],
-        padding=int(conv.padding[0]),
-        output_padding=conv.output_padding[0],
-        training=norm.training,
-        momentum=norm.momentum,
-        eps=norm.eps,
-        slope=act.negative_slope if isinstance(act, nn.LeakyReLU) else 0.0,
-    )
+def _padding(kernel: int, side: int) -> int:
+    """Of a convolution of stride 2 from `side` pixels to half as many, rounded up, and of its transpose."""
+    return kernel // 2 if side % 2 else (kernel - 1) // 2

@@ -1,0 +1,104 @@
+"""What every family must do: step, learn, resume, and compile to the gradients that it has."""
+
+import copy
+
+import pytest
+import torch
+from family_cases import CPU, exact_calls, tiny_config
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fastgan.compiled import compile_phase
+from fastgan.config import PRESETS
+from fastgan.engine import Engine
+from fastgan.limit import random_step
+
+PHASES = ["D", "D with R1", "G", "G with path length"]
+
+
+def steps(engine: Engine, first: int, count: int) -> None:
+    """Steps number `first` to first + count - 1, each on images that its number decides."""
+    for step in range(first, first + count):
+        torch.manual_seed(step)
+        engine.step(*random_step(engine.config, CPU))
+
+
+@pytest.mark.parametrize("arch", PRESETS)
+def test_a_few_steps_move_every_weight_and_nothing_overflows(arch: str):
+    engine = Engine(tiny_config(arch), CPU)
+    before = copy.deepcopy(engine.state())
+    steps(engine, 0, 12)
+    losses = engine.take_losses()
+    assert {"loss_d", "loss_g", "real_score", "fake_score"} <= losses.keys()
+    state = engine.state()
+    assert all(torch.isfinite(t).all() for t in state.values() if t.is_floating_point())
+    named = [(f"G.{n}", p) for n, p in engine.G.named_parameters()]
+    named += [(f"D.{n}", p) for n, p in engine.D.named_parameters()]
+    still = [name for name, p in named if torch.equal(p, before[name]) and not in_vain(arch, name)]
+    assert not still, "weights that no phase trains"
+
+
+def in_vain(arch: str, name: str) -> bool:
+    """Weights that their papers have, but that change no loss: the last bias of a Wasserstein critic, biases
+    in front of instance normalization."""
+    if arch == "cyclegan":
+        return name.endswith("bias") and not name.endswith(("out.bias", "D.a.stem.bias", "D.b.stem.bias"))
+    return (arch, name) == ("wgan-gp", "D.output.bias")
+
+
+@pytest.mark.parametrize("arch", PRESETS)
+def test_a_resumed_run_is_the_undisturbed_one(arch: str):
+    """Bit for bit; ProGAN changes its stage before, at and after the stop."""
+    whole = Engine(tiny_config(arch), CPU)
+    steps(whole, 0, 12)
+    half = Engine(tiny_config(arch), CPU)
+    steps(half, 0, 7)
+    resumed = Engine(tiny_config(arch), CPU)
+    resumed.load_state(copy.deepcopy(half.state()), half.images)
+    steps(resumed, 7, 5)
+    ours, theirs = resumed.state(), whole.state()
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def run(call, function) -> tuple[list[Tensor], list[Tensor]]:
+    """What `function` returns for the call's arguments, and the networks' buffers behind it."""
+    torch.manual_seed(0)
+    args = copy.deepcopy(call.args)
+    result = tree_leaves(function(*args))
+    return result, [*args[0].buffers(), *args[1].buffers()]
+
+
+def check_compiled(arch: str, phase: str, compile, **options) -> None:
+    calls = {call.phase.name: call for call in exact_calls(arch, **options)}
+    if phase not in calls:
+        pytest.skip(f"{arch} has no phase {phase!r}")
+    call = calls[phase]
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        expected = run(call, call.phase.function)
+        for value in expected[0]:
+            assert torch.isfinite(value).all()
+        # Compiled code would draw other random numbers of its own.
+        with torch._inductor.config.patch(fallback_random=True):
+            ours = run(call, compile(call.phase.function))
+    for mine, theirs in zip(ours[0] + ours[1], expected[0] + expected[1], strict=True):
+        scale = max(float(theirs.abs().max()), 1e-3) if theirs.numel() else 1.0
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-8 * scale)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("arch", PRESETS)
+def test_traced_gradients_equal_eager_ones(arch: str, phase: str):
+    """One graph, double backward included, in float64, as the compiler takes it over: without code."""
+    check_compiled(
+        arch, phase, lambda f: torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=False)
+    )
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("arch", PRESETS)
+def test_compiled_gradients_equal_eager_ones(arch: str, phase: str):
+    """The same through Inductor's code, as --compile runs it."""
+    check_compiled(arch, phase, lambda f: compile_phase(f, CPU))
