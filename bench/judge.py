@@ -41,7 +41,7 @@ def as_arrays(images: Tensor) -> np.ndarray:
 
 def train_classifier(images: Tensor, labels: Tensor) -> nn.Sequential:
     """A CNN for images [N, 1, 8, 8] in 0..1, trained on [N, 8, 8]. Same images, same threads, same CNN."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         net = nn.Sequential(
             nn.Conv2d(1, 32, 3, padding=1),
