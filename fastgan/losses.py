@@ -37,7 +37,7 @@ def relativistic_d(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def relativistic_g(real: Tensor, fake: Tensor) -> Tensor:
-    """mean softplus(real - fake): the other side of `relativistic_d`, with real logits of the same batch size."""
+    """mean softplus(real - fake): the other side of `relativistic_d`, with as many real logits."""
     return F.softplus(real - fake).mean()
 
 
@@ -65,16 +65,15 @@ def gradient_square(logits: Tensor, x: Tensor) -> Tensor:
     return _precise(grad).square().flatten(1).sum(dim=1).mean()
 
 
-def homogeneous_logits(
-    critic: Callable[[Tensor, Tensor], Tensor], x: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(logits [N, 1], d sum(logits) / d x) of a critic(x, scale) that is homogeneous of degree one in (x, scale).
+def homogeneous_logits(critic: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """(logits [N, 1], d sum(logits) / d x) of a critic(x, scale) homogeneous in both, of degree one.
 
-    Such is one of linear maps, LeakyReLUs, and biases that scale [N, 1] multiplies, if no sample sees another.
-    By Euler's theorem critic(x, 1) = <d critic / d x, x> + d critic / d scale, identically in the weights. Their
-    gradient can so be taken through the inner backward pass alone, which R1 and R2 go through anyway: every layer
-    is multiplied out 4 times (forward, inner gradient, its derivatives by gradient and weight) instead of 6.
-    The logits' values are the forward pass's own. x [N, ...] is taken as a constant.
+    Such is one of linear maps, LeakyReLUs, and biases that scale [N, 1] multiplies, if no sample sees
+    another. By Euler's theorem critic(x, 1) = <d critic / d x, x> + d critic / d scale, identically in the
+    weights. So their gradient can be taken through the inner backward pass alone, which R1 and R2 go through
+    anyway: every layer is multiplied out 4 times (forward, inner gradient, and that one's derivatives by the
+    gradient and by the weight) where the forward pass's own backward makes it 6. The logits' values are the
+    forward pass's. x [N, ...] is taken as a constant.
     """
     x, scale = x.detach().requires_grad_(), x.new_ones(len(x), 1).requires_grad_()
     logits = critic(x, scale)
