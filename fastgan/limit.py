@@ -24,11 +24,13 @@ from torch.utils._pytree import tree_map
 from fastgan.compiled import Phase
 from fastgan.config import Config
 from fastgan.engine import Engine
+from fastgan.kernels import grouped_conv2d  # noqa: F401  registers its operations
 from fastgan.step import PhaseResult
 
 aten = torch.ops.aten
 CONVOLUTIONS = {aten.convolution: 1, aten.convolution_backward: 2}  # position of the weight
 MATRIX_PRODUCTS = {aten.mm: 1, aten.addmm: 2, aten.bmm: 1, aten.baddbmm: 2}  # of the second factor
+GROUPED = (torch.ops.fastgan.grouped_conv2d, torch.ops.fastgan.grouped_conv2d_weight)
 META = torch.device("meta")
 
 
@@ -121,7 +123,7 @@ class Recorder(TorchDispatchMode):
         self.products: Counter[Product] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in MATRIX_PRODUCTS or (
+        if func.overloadpacket in (*MATRIX_PRODUCTS, *GROUPED) or (
             func.overloadpacket in CONVOLUTIONS and not _depthwise(args[CONVOLUTIONS[func.overloadpacket]])
         ):
             self.products[Product(func, tuple(_hashable(a) for a in args))] += 1

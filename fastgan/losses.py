@@ -131,17 +131,23 @@ def gradient_square(logits: Tensor, x: Tensor) -> Tensor:
     x [N, ...] must require a gradient and have led to the logits (Mescheder et al. 2018, equation 9).
     """
     (grad,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
-    return _precise(grad).square().flatten(1).sum(dim=1).mean()
+    return square_norm(grad)
+
+
+def square_norm(x: Tensor) -> Tensor:
+    """mean_n ||x_n||^2 of x [N, ...]."""
+    return _precise(x).square().flatten(1).sum(dim=1).mean()
 
 
 def homogeneous_logits(critic: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """(logits [N, 1], d sum(logits) / d x) of a critic(x, scale) that is homogeneous of degree one in (x, scale).
+    """(logits [N, 1], d sum(logits) / d x) of a critic(x, scale) homogeneous in both, of degree one.
 
-    Such is one of linear maps, LeakyReLUs, and biases that scale [N, 1] multiplies, if no sample sees another.
-    By Euler's theorem critic(x, 1) = <d critic / d x, x> + d critic / d scale, identically in the weights. Their
-    gradient can so be taken through the inner backward pass alone, which R1 and R2 go through anyway: every layer
-    is multiplied out 4 times (forward, inner gradient, its derivatives by gradient and weight) instead of 6.
-    The logits' values are the forward pass's own. x [N, ...] is taken as a constant.
+    Such is one of linear maps, LeakyReLUs, and biases that scale [N, 1] multiplies, if no sample sees
+    another. By Euler's theorem critic(x, 1) = <d critic / d x, x> + d critic / d scale, identically in the
+    weights. So their gradient can be taken through the inner backward pass alone, which R1 and R2 go through
+    anyway: every layer is multiplied out 4 times (forward, inner gradient, and that one's derivatives by the
+    gradient and by the weight) where the forward pass's own backward makes it 6. The logits' values are the
+    forward pass's. x [N, ...] is taken as a constant.
     """
     x, scale = x.detach().requires_grad_(), x.new_ones(len(x), 1).requires_grad_()
     logits = critic(x, scale)

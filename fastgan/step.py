@@ -24,8 +24,10 @@ from fastgan.losses import (
     feature_matching,
     gradient_penalty,
     gradient_square,
+    homogeneous_logits,
     orthogonal,
     path_length,
+    square_norm,
 )
 from fastgan.models import Discriminator, Generator
 
@@ -85,18 +87,13 @@ def d_phase(
         fake, _ = _sample(G, latents)
         fake = D.pool(fake) if getattr(D, "pool", None) is not None else fake
     fake_c = None if _translates(G) else latents.c
-    real = real.detach().requires_grad_(o.r1 > 0)
-    fake = fake.detach().requires_grad_(o.r2 > 0)
-    real_logits = D(_augmented(real, o.augment, strength), c)
-    fake_logits = D(_augmented(fake, o.augment, strength), fake_c)
+    real_logits, r1 = _penalized(D, real, c, o.r1, o.augment, strength)
+    fake_logits, r2 = _penalized(D, fake, fake_c, o.r2, o.augment, strength)
     total = LOSSES[o.loss].d(real_logits, fake_logits, o.label_smoothing)
     losses = {"loss_d": total, "real_score": real_logits.mean(), "fake_score": fake_logits.mean()}
-    if o.r1 > 0:
-        losses["r1"] = gradient_square(real_logits, real)
-        total = total + o.r1 * losses["r1"]
-    if o.r2 > 0:
-        losses["r2"] = gradient_square(fake_logits, fake)
-        total = total + o.r2 * losses["r2"]
+    for name, weight, penalty in (("r1", o.r1, r1), ("r2", o.r2, r2)):
+        if penalty is not None:
+            losses[name], total = penalty, total + weight * penalty
     if o.gradient_penalty > 0:
         alpha = torch.rand(len(real), 1, 1, 1, device=real.device).to(real.dtype)
         losses["gradient_penalty"] = gradient_penalty(lambda x: D(x, c), real, fake, alpha)
@@ -180,6 +177,23 @@ def _g_loss(
         losses["orthogonal"] = orthogonal(weights)
         total = total + o.orthogonal * losses["orthogonal"]
     return losses, total
+
+
+def _penalized(
+    D: Discriminator,
+    images: Tensor,
+    c: Tensor | None,
+    weight: float,
+    augment: DiffAugment | ADA | None,
+    strength: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """D's logits and, if `weight` is above 0, the mean squared norm of their gradient by the images."""
+    if weight > 0 and augment is None and getattr(D, "homogeneous", False):
+        logits, gradient = homogeneous_logits(lambda x, scale: D(x, c, scale), images)
+        return logits, square_norm(gradient)
+    images = images.detach().requires_grad_(weight > 0)
+    logits = D(_augmented(images, augment, strength), c)
+    return logits, gradient_square(logits, images) if weight > 0 else None
 
 
 def _sample(G: Generator, latents: Latents) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,8 @@ from fastgan.engine import Engine
 from fastgan.limit import phase_calls, random_images
 
 PRODUCTS = {"convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm"}
-PRODUCTS |= {"correlate"}  # a FIR filter, to Inductor a depthwise convolution
+# FIR filters and grouped convolutions, to Inductor convolutions.
+PRODUCTS |= {"correlate", "grouped_conv2d", "grouped_conv2d_weight"}
 WRITES_ONLY = {"copy_", "fill_", "zero_"}
 READ_TWICE = {"native_batch_norm", "native_batch_norm_backward"}
 

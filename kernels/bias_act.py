@@ -73,8 +73,8 @@ def _activate(x: Tensor, act: str, alpha: float) -> Tensor:
             return torch.sigmoid(x) * x
 
 
-# The slope is read off the result, so that x need not be kept, and is a constant to the second derivative, for
-# which aten would carry zeros back through all layers below. torch.compile sees through both.
+# The slope is read off the result, so that x need not be kept, and is a constant to the second derivative,
+# where aten would carry zeros back through all layers below. torch.compile sees through both.
 @torch.library.triton_op("fastgan::leaky_relu", mutates_args=())
 def _leaky_relu(x: Tensor, alpha: float) -> Tensor:
     return torch.ops.aten.leaky_relu(x, alpha)

@@ -2,8 +2,8 @@
 
     y[n, o, i, j] = sum_{c, u, v} w[o, c, u, v] * x[n, first channel of o's group + c, i + u - p, j + v - p]
 
-with stride 1 and a k x k kernel, k = 2 p + 1, so y is as large as x. Write conv(x, w) for it and wgrad(x, g) for
-the gradient of <g, conv(x, w)> with respect to w. Both are linear in each argument, and with w' = `turned(w)`
+with stride 1 and a k x k kernel, k = 2 p + 1, so y is as large as x. Write conv(x, w) for it and wgrad(x, g)
+for the gradient of <g, conv(x, w)> by w. Both are linear in each argument, and with w' = `turned(w)`
 
     d conv(x, w):   dx = conv(dy, w'),   dw = wgrad(x, dy)
     d wgrad(x, g):  dx = conv(g, u'),    dg = conv(x, u)      for the cotangent u of wgrad
@@ -15,6 +15,7 @@ and computes the gradient of the weight whether it is wanted or not: R1 through 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from fastgan.kernels.dispatch import check_tensors
 
@@ -73,11 +74,21 @@ _conv.register_autograd(_conv_backward, setup_context=_save_conv)
 _weight_gradient.register_autograd(_weight_gradient_backward, setup_context=_save_weight_gradient)
 
 
+@register_flop_formula(torch.ops.fastgan.grouped_conv2d)
+def _conv_flops(x: list[int], w: list[int], groups: int, *, out_shape: list[int]) -> int:
+    return conv_flop_count(x, w, out_shape)
+
+
+@register_flop_formula(torch.ops.fastgan.grouped_conv2d_weight)
+def _weight_gradient_flops(x: list[int], g: list[int], k: int, groups: int, *, out_shape: list[int]) -> int:
+    return conv_flop_count(x, out_shape, g)
+
+
 def grouped_conv2d(x: Tensor, w: Tensor, groups: int) -> Tensor:
     """Correlation of x [N, Cin, H, W] with w [Cout, Cin / groups, k, k] in `groups` groups, padded by k // 2.
 
-    Returns [N, Cout, H, W] in x's dtype; w is cast. Raises ValueError for an even kernel, or channels that the
-    groups do not divide; TypeError for tensors that are not floating.
+    Returns [N, Cout, H, W] in x's dtype; w is cast. Raises ValueError for an even kernel, or channels that
+    the groups do not divide; TypeError for tensors that are not floating.
     """
     check_tensors(x, w=w)
     if x.ndim != 4:

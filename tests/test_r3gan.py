@@ -11,16 +11,18 @@ from kernel_cases import image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastgan import convert
 from fastgan.kernels.dispatch import deviation, disagreement
 from fastgan.kernels.grouped_conv2d import grouped_conv2d, grouped_conv2d_ref
-from fastgan.losses import gradient_square, relativistic
+from fastgan.limit import products
+from fastgan.losses import gradient_square, homogeneous_logits, relativistic
 from fastgan.models import r3gan
 
 
 def arguments(ctor: dict) -> dict[str, Any]:
-    """The peer's constructor arguments as ours; that its widths follow our rule, loading its weights proves."""
+    """The peer's constructor arguments as ours; loading its weights proves that they mean the same."""
     widths = sorted(ctor["WidthPerStage"], reverse=True)
     resolution = 2 ** (len(widths) + 1)
     return ({"z_dim": ctor["NoiseDimension"]} if "NoiseDimension" in ctor else {}) | {
@@ -70,10 +72,8 @@ def test_golden_losses(case: Case):
     loss = relativistic(*(logits if trained == "D" else reversed(logits)))
     torch.testing.assert_close(loss, case.tensor("out.adv").mean(), rtol=1e-6, atol=0.0)
     if trained == "D":
-        for name, penalty in (
-            ("r1", gradient_square(logits[0], real)),
-            ("r2", gradient_square(logits[1], fake)),
-        ):
+        for name, x, y in ("r1", real, logits[0]), ("r2", fake, logits[1]):
+            penalty = gradient_square(y, x)
             torch.testing.assert_close(penalty, case.tensor(f"out.{name}").mean(), rtol=1e-6, atol=0.0)
             loss = loss + case.args["gamma"] / 2 * penalty
     expected = case.group(f"out.grad.{trained}.")
@@ -99,7 +99,14 @@ def test_parameter_counts():
 def tiny(c_dim: int = 0) -> tuple[r3gan.Generator, r3gan.Discriminator]:
     """Two stages' widths, and weights that let every parameter have a gradient."""
     torch.manual_seed(0)
-    sizes = {"resolution": 16, "channels": 1, "width": 8, "cardinality": 2, "blocks": 1, "channel_base": 64}
+    sizes: dict[str, Any] = {
+        "resolution": 16,
+        "channels": 1,
+        "width": 8,
+        "cardinality": 2,
+        "blocks": 1,
+        "channel_base": 64,
+    }
     G = r3gan.Generator(z_dim=5, c_dim=c_dim, **sizes).double()
     D = r3gan.Discriminator(c_dim=c_dim, **sizes).double()
     for p in [*G.parameters(), *D.parameters()]:
@@ -157,10 +164,7 @@ def test_initial_weights_are_the_papers():
             lambda: r3gan.Discriminator(width=64, cardinality=12),
             "cardinality 12 of width 64.*64 channels at 4",
         ),
-        (
-            lambda: r3gan.Discriminator(width=8, cardinality=4, channel_base=48),
-            "6 channels at 8|3 channels at 16",
-        ),
+        (lambda: r3gan.Discriminator(width=8, cardinality=4, channel_base=48), "3 channels at 16"),
         (lambda: r3gan.Generator(kernel=4), "kernel must be odd: got 4"),
         (lambda: grouped_conv2d(torch.ones(3), torch.ones(3), 1), r"x must be \[N, C, H, W\].*\[3\]"),
         (
@@ -240,6 +244,15 @@ def test_grouped_conv2d_without_a_device():
         assert grouped_conv2d(x, w, 3).device.type == "cuda"
 
 
+def test_grouped_conv2d_counts_its_flops():
+    x, w, groups = arrays(SIZES[0], torch.float32)
+    with FlopCounterMode(display=False) as ours:
+        torch.autograd.grad(grouped_conv2d(x, w, groups).sum(), (x, w))
+    assert ours.get_total_flops() == 3 * 2 * (2 * 9 * 5 * 4) * (2 * 3 * 3)
+    counted = products(lambda: grouped_conv2d(x, w, groups))
+    assert sum(counted.values()) == 1
+
+
 def d_gradients(G: r3gan.Generator, D: r3gan.Discriminator, real: Tensor, z: Tensor, c: Tensor | None):
     """R3GAN's D phase: relativistic pairing loss, R1 and R2 with both halves of one batch."""
     with torch.no_grad():
@@ -251,6 +264,18 @@ def d_gradients(G: r3gan.Generator, D: r3gan.Discriminator, real: Tensor, z: Ten
     return torch.autograd.grad(total, list(D.parameters()))
 
 
+def d_gradients_through_the_inner_pass(
+    G: r3gan.Generator, D: r3gan.Discriminator, real: Tensor, z: Tensor, c: Tensor | None
+):
+    """The same ones, by Euler's theorem."""
+    with torch.no_grad():
+        x = torch.cat([real, G(z, c)])
+    cc = None if c is None else torch.cat([c, c])
+    logits, dx = homogeneous_logits(lambda x, scale: D(x, cc, scale), x)
+    total = relativistic(*logits.chunk(2)) + 0.5 * dx.square().flatten(1).sum(1).mean()
+    return torch.autograd.grad(total, list(D.parameters()))
+
+
 def g_gradients(G: r3gan.Generator, D: r3gan.Discriminator, real: Tensor, z: Tensor, c: Tensor | None):
     loss = relativistic(D(G(z, c), c), D(real, c).detach())
     return torch.autograd.grad(loss, list(G.parameters()))
@@ -258,7 +283,7 @@ def g_gradients(G: r3gan.Generator, D: r3gan.Discriminator, real: Tensor, z: Ten
 
 @torch._dynamo.config.patch(trace_autograd_ops=True)
 @pytest.mark.parametrize("c_dim", [0, 3])
-@pytest.mark.parametrize("phase", [d_gradients, g_gradients])
+@pytest.mark.parametrize("phase", [d_gradients, d_gradients_through_the_inner_pass, g_gradients])
 def test_compiled_gradients_equal_eager_ones(phase: Callable, c_dim: int):
     torch._dynamo.reset()
     G, D = tiny(c_dim)
@@ -268,6 +293,36 @@ def test_compiled_gradients_equal_eager_ones(phase: Callable, c_dim: int):
     for a, b in zip(compiled, run(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
         assert b.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("c_dim", [0, 3])
+def test_the_inner_pass_leads_to_the_same_gradients(c_dim: int):
+    G, D = tiny(c_dim)
+    args = G, D, torch.randn(2, 1, 16, 16, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
+    plain, short = (f(*args, labels(2, c_dim)) for f in (d_gradients, d_gradients_through_the_inner_pass))
+    for a, b in zip(short, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_the_inner_pass_saves_a_third_of_the_products():
+    G, D = tiny()
+    args = G, D, torch.randn(2, 1, 16, 16, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64), None
+
+    def matrix_products(run: Callable) -> int:
+        counted = products(partial(run, *args))
+        return sum(n for product, n in counted.items() if "mm" in str(product.op))
+
+    forward = matrix_products(lambda G, D, real, z, c: D(real))
+    generator = matrix_products(lambda G, D, real, z, c: G(z))
+    assert matrix_products(d_gradients_through_the_inner_pass) - generator <= 4 * forward
+    assert matrix_products(d_gradients) - generator >= 5.5 * forward
+
+
+def test_logits_are_homogeneous_in_image_and_scale():
+    _, D = tiny()
+    x, scale = torch.randn(3, 1, 16, 16, dtype=torch.float64), torch.ones(3, 1, dtype=torch.float64)
+    torch.testing.assert_close(D(x, scale=scale), D(x))
+    torch.testing.assert_close(D(2 * x, scale=2 * scale), 2 * D(x))
 
 
 @torch._dynamo.config.patch(trace_autograd_ops=True)

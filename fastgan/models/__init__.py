@@ -24,6 +24,7 @@ A family may also have:
     G.penalties(images, c) -> dict  more for G to minimise, already weighted
     G.grow(growth), D.grow(growth)  progressive growing; G.match_reals(images) gives reals the fakes' size
     D.pool(images) -> images        generated images as D is shown them, past ones among them
+    D.homogeneous                   D takes a `scale` too: see losses.homogeneous_logits
 """
 
 from importlib import import_module

@@ -1,9 +1,10 @@
 """R3GAN (Huang et al. 2024, "The GAN is dead; long live the GAN! A Modern Baseline GAN", arXiv:2501.05441).
 
-A ResNeXt body for both networks: no normalization, no styles, no minibatch statistics. Each has a stage for every
-resolution from 4 on, `blocks` residual blocks a stage. At resolution r a stage is min(width, channel_base / r)
-channels wide, with groups in the proportion that `cardinality` has to `width`: those are the widths of the public
-implementation at every size it trains (768 up to 32 pixels, then 384, 192 and 96).
+A ResNeXt body for both networks: no normalization, no styles, no minibatch statistics. Each has a stage for
+every resolution from 4 on, `blocks` residual blocks a stage. At resolution r a stage is
+min(width, channel_base / r) channels wide, with groups in the proportion that `cardinality` has to `width`. The
+defaults are the public implementation's for CIFAR-10 and FFHQ: 768 up to 32 pixels, then 384, 192 and 96. All
+layers run in `dtype`, where the public one keeps the smallest stages in fp32.
 """
 
 import math
@@ -35,15 +36,15 @@ def stage_sizes(width: int, cardinality: int, resolution: int, channel_base: int
         groups = cardinality * channels // width
         if groups < 1 or cardinality * channels % width or channels % groups:
             raise ValueError(
-                f"cardinality {cardinality} of width {width} makes no groups of the {channels} channels at {r} "
-                "pixels; use a width that is a multiple of cardinality, and a channel_base of 2^k * width"
+                f"cardinality {cardinality} of width {width} makes no groups of the {channels} channels at "
+                f"{r} pixels; use a width that cardinality divides, and a channel_base of 2^k * width"
             )
         sizes.append((channels, groups))
     return sizes
 
 
 class Pointwise(nn.Module):
-    """1x1 convolution, x [N, Cin, H, W] -> [N, Cout, H, W], as the product of all pixels with weight [Cout, Cin].
+    """1x1 convolution, x [N, Cin, H, W] -> [N, Cout, H, W]: a product of all pixels with weight [Cout, Cin].
 
     A product's derivatives are products; those of a convolution's weight take 1.2 times as long on a CPU.
     """
@@ -125,7 +126,7 @@ def _check_labels(c: Tensor | None, c_dim: int) -> None:
 
 
 class Generator(nn.Module):
-    """z [N, z_dim] (and one-hot labels c [N, c_dim], embedded in z_dim more dimensions) -> images [N, C, R, R].
+    """z [N, z_dim] (and one-hot labels c [N, c_dim], embedded in z_dim dimensions) -> images [N, C, R, R].
 
     A learned 4x4 basis, weighted channel by channel by a product of z; then in every stage, but for the first
     behind a 2x upsampling, residual blocks. Images have no final nonlinearity.
@@ -181,13 +182,14 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images [N, C, R, R] (and labels c [N, c_dim]) -> logits [N, 1]: the generator's body in reverse.
 
-    A stage's 2x downsampling comes behind its blocks; a basis of 4x4, one for each channel, ends the last. With
-    labels the logit is <W features, E c>, the product with the label's embedding.
+    A stage's 2x downsampling comes behind its blocks; a basis of 4x4, one for each channel, ends the last.
+    With labels the logit is <W features, E c>, the product with the label's embedding.
 
-    `scale` [N, 1] multiplies all biases of a sample. Logits are piecewise linear in the image and homogeneous in
-    (image, scale), which `losses.homogeneous_logits` makes use of.
+    `scale` [N, 1] multiplies all biases of a sample. Logits are piecewise linear in the image and homogeneous
+    in (image, scale), which `losses.homogeneous_logits` makes use of.
     """
 
+    homogeneous = True
     resample_filter: Tensor
 
     def __init__(
