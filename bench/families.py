@@ -57,8 +57,10 @@ def required(row: str) -> Figures:
 def options(row: str) -> list[str]:
     """What a row is, as options of fastgan.train."""
     arch = row.removesuffix("-cond")
-    held_out = "tstr" in required(row) or arch == "cyclegan"
-    return ["--arch", arch, *["--cond"] * (row != arch), *["--data", "digits:train"] * held_out]
+    command = ["--arch", arch, *["--cond"] * (row != arch)]
+    if "tstr" in required(row) or row == "cyclegan":
+        command += ["--data", "digits:train"]
+    return command + (["--data-b", "digits:train:inverted"] if row == "cyclegan" else [])
 
 
 def run_folder(out: Path, row: str, seed: int) -> Path:
@@ -111,14 +113,19 @@ def log_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.log")
 
 
+def config_of(command: list[str]) -> Config:
+    """What fastgan.train makes of its options before it has read the data."""
+    given = vars(train.parser().parse_args(command))
+    del given["run_dir"]
+    return resolve_device(make_config(**given))[0]
+
+
 def finished(folder: Path, command: list[str]) -> bool:
     """Whether `folder` holds the generator that `command` would end with."""
     file = folder / "generator.safetensors"
     if not file.exists():
         return False
-    given = vars(train.parser().parse_args(command))
-    del given["run_dir"]
-    config, _ = resolve_device(make_config(**given))
+    config = config_of(command)
     _, metadata = load_tensors(file)
     changed = set(changed_fields(metadata["config"], config)) - {"classes"}  # known once the data is read
     return metadata["images"] >= config.images and not changed

@@ -94,9 +94,9 @@ def judge(images: np.ndarray) -> dict[str, float]:
     shares = torch.bincount(classes, minlength=10) / len(classes)
     return {
         "accepted": (probability >= 0.9).float().mean().item(),
-        "entropy": -torch.special.xlogy(shares, shares).sum().item(),
+        "entropy": torch.special.entr(shares).sum().item(),
         "spread": spread(small, classes) / spread(*real_digits()),
-        "frechet": frechet(net[:-1](small[:, None]), _real_features(images.shape[1])),
+        "frechet": frechet(net[:-1](small[:, None]), _real_features(max(images.shape[1], 8))),
     }
 
 

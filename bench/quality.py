@@ -10,7 +10,7 @@ python -m bench.quality --train [ROW ...] [--seeds 0 1 2] [--threads N] [--kimg 
     bench/results/families.png. Exit code 1 if a requirement is not met.
 
 accepted, entropy, spread, frechet   of 1,000 samples, see judge.py. cogan: of the first halves of its pairs;
-          cyclegan: of 1,000 images of the other domain, translated
+          cyclegan: of 1,000 images of the other domain that it has learned, translated
 asked     share of images to which the classifier gives the class that was asked for
 TSTR      share of real held-out digits that a classifier trained on 2,000 generated images alone gets right
 same      cogan: share of pairs whose halves show the same digit; cyclegan: share of held-out digits that keep
@@ -18,8 +18,7 @@ same      cogan: share of pairs whose halves show the same digit; cyclegan: shar
 time      of the training, compiling included; images/s leave compiling out. Both are the machine's own only
           where nothing else runs: with --jobs 1
 
-Rows judged by held-out digits (TSTR, cyclegan) learn `digits:train`, the others all digits. cyclegan's other
-domain is the set that its preset names, which has the held-out digits too, in their other form.
+Rows judged by held-out digits (TSTR, cyclegan) have learned `digits:train`, the others all digits.
 """
 
 import argparse

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bench import families, judge, quality
 from fastgan import train
-from fastgan.config import build_generator, make_config, resolve_device
+from fastgan.config import build_generator
 from fastgan.data import load_images
 from fastgan.run_folder import save_generator
 
@@ -84,6 +84,7 @@ def test_judge():
     assert noise["frechet"] > 100
     one_each = np.stack([images[labels == k][0] for k in range(10)]).repeat(30, axis=0)
     assert judge.judge(one_each)["spread"] < 0.05
+    assert judge.judge(images[:20, ::4, ::4])["accepted"] < 0.8  # coarser than the digits, and still judged
     zeros = judge.judge(images[labels == 0])
     assert zeros["entropy"] < 0.2 and zeros["frechet"] > 50
 
@@ -222,15 +223,7 @@ def test_a_generator_of_pairs(monkeypatch: pytest.MonkeyPatch):
     assert (first == 255 - second).all()
 
 
-def test_a_translator(monkeypatch: pytest.MonkeyPatch):
-    load = families.load_images
-
-    def with_inverted(data: str, resolution: int, channels: int) -> Any:
-        if data != "digits:inverted":
-            return load(data, resolution, channels)
-        return config(images=255 - load("digits", resolution, channels).images)
-
-    monkeypatch.setattr(families, "load_images", with_inverted)
+def test_a_translator():
     both = config(data_b="digits:inverted")
     figures = families.judge_generator(Inverts(), both)
     assert figures["same"] > 0.97 and figures["accepted"] > 0.95
@@ -247,10 +240,16 @@ def test_what_rows_require_and_learn():
     assert families.required("r3gan") == {"accepted": 0.8, "entropy": 2.1, "spread": 0.6}
     assert families.required("stylegan-cond") == families.required("r3gan") | {"asked": 0.9, "tstr": 0.85}
     assert families.options("wgan-gp") == ["--arch", "wgan-gp"]
-    assert families.options("cyclegan") == ["--arch", "cyclegan", "--data", "digits:train"]
+    both = ["--data", "digits:train", "--data-b", "digits:train:inverted"]
+    assert families.options("cyclegan") == ["--arch", "cyclegan", *both]
     assert families.options("sagan") == ["--arch", "sagan", "--data", "digits:train"]
     assert families.options("stylegan-cond") == ["--arch", "stylegan", "--cond", "--data", "digits:train"]
-    assert set(families.REQUIRED) <= {"gan", "cgan", "wgan", "cyclegan", "cogan", "sagan", "biggan"}
+    assert set(families.REQUIRED) < set(families.ROWS)
+    for row in families.ROWS:
+        made = families.config_of(families.options(row))
+        held_out = made.cond or row == "cyclegan"
+        assert made.data == ("digits:train" if held_out else "digits"), row
+        assert made.cond == ("tstr" in families.required(row)), row
 
 
 def test_time_adds_up_over_resumed_runs(tmp_path: Path):
@@ -298,11 +297,10 @@ class Trainer:
         assert command[:3] == [sys.executable, "-m", "fastgan.train"] and check
         self.calls.append(command[3:])
         self.threads.append(env.get("OMP_NUM_THREADS"))
-        given = vars(train.parser().parse_args(command[3:]))
-        folder = given.pop("run_dir")
+        folder = train.parser().parse_args(command[3:]).run_dir
         if self.broken and self.broken in folder.name:
             raise subprocess.CalledProcessError(1, command)
-        config, _ = resolve_device(make_config(**given))
+        config = families.config_of(command[3:])
         state = {f"ema.{name}": tensor for name, tensor in build_generator(config).state_dict().items()}
         folder.mkdir(exist_ok=True)
         save_generator(folder / "generator.safetensors", state, config, config.images)
