@@ -28,6 +28,7 @@ EAGER_RUNS_OF_A_RARE_PHASE = 3000
 def compile_phase(phase: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """`phase` as a single graph; an error says what keeps it from being one."""
     torch._dynamo.config.trace_autograd_ops = True
+    torch._dynamo.config.recompile_limit = 64  # of one function: every phase and stage of a family is its own
     # On a CPU one C++ file for the whole graph: starting a compiler for each kernel took 1.4 times as long.
     options: dict[str, Any] = {"cpp_wrapper": True} if device.type == "cpu" else {}
     return torch.compile(phase, fullgraph=True, dynamic=False, options=options)

@@ -151,6 +151,8 @@ class Config:
             )
         if self.pl > 0 and self.part % self.pl_batch_shrink:
             raise UsageError(f"--pl-batch-shrink {self.pl_batch_shrink} does not divide --batch {self.batch}")
+        if self.pl > 0 and hasattr(family(self.arch), "schedule"):
+            raise UsageError(f"--pl does not apply to --arch {self.arch}, whose images grow; leave it out")
         if self.label_smoothing > 0 and not LOSSES[self.loss].smooths:
             able = ", ".join(name for name, loss in LOSSES.items() if loss.smooths)
             raise UsageError(f"--label-smoothing has no meaning for --loss {self.loss}, only for {able}")
@@ -316,7 +318,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "z_dim": 64,
         "channel_base": 512,
         "channel_max": 64,
-        "fade_kimg": 15.0,
+        "fade_kimg": 10.0,
         "stable_kimg": 15.0,
         "g_lr": 0.003,
         "d_lr": 0.003,
