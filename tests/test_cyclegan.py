@@ -208,7 +208,7 @@ def test_shapes_and_dtypes(arch: str, dtype: torch.dtype | None):
     for side in (16, 28, 64) if arch == "cyclegan" else (16, 30, 64):
         if arch == "cogan":
             G: Any = cogan.Generator(5, 3, side, 2, dtype)
-            D: Any = cogan.Discriminator(3, side, 2, dtype)
+            D: Any = cogan.Discriminator(3, side, 2, dtype=dtype)
             fake, z = G.sample(torch.randn(4, G.normals), torch.rand(4, G.uniforms))
             assert z.shape == (4, 5)
         else:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgan.layers import run_layers, weigh
+from fastgan.layers import run_layers, weigh, with_noise
 
 DOMAINS = 2  # images are pairs
 
@@ -85,6 +85,7 @@ class Discriminator(nn.Module):
     """Pairs [N, 2C, R, R] -> logits [N, 2]: the first convolutions `a` and `b` apart, the rest shared.
 
     LeNet: 5x5 convolutions to ndf and 2.5 ndf channels, each with max pooling; 25 ndf hidden units, PReLU.
+    `instance_noise` is the deviation of noise on every training image.
     """
 
     c_dim = 0
@@ -94,6 +95,7 @@ class Discriminator(nn.Module):
         channels: int = 1,
         resolution: int = 28,
         ndf: int = 20,
+        instance_noise: float = 0.0,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
@@ -102,7 +104,7 @@ class Discriminator(nn.Module):
             raise ValueError(f"resolution must be at least 16 for two 5x5 convolutions: got {resolution}")
         if ndf < 1:
             raise ValueError(f"ndf must be at least 1: got {ndf}")
-        self.dtype = dtype
+        self.dtype, self.instance_noise = dtype, instance_noise
         hidden = 25 * ndf
         self.a = nn.Conv2d(channels, ndf, 5)
         self.b = nn.Conv2d(channels, ndf, 5)
@@ -118,6 +120,7 @@ class Discriminator(nn.Module):
 
     def features(self, img: Tensor, c: Tensor | None = None) -> Tensor:
         """The hidden units of both images [N, 2 * 25 ndf]."""
+        img = with_noise(img, self.instance_noise, self.training)
         a, b = img.to(self.dtype or img.dtype).chunk(2, dim=1)
         # The shared layers see both domains as one batch.
         x = run_layers(self.shared, torch.cat([weigh(a, self.a), weigh(b, self.b)]), self.dtype)
