@@ -22,7 +22,7 @@ def test_generating(benchmark, config: Config):
     G = build_generator(config).eval().requires_grad_(False)
     place(G, device)
     if getattr(G, "translates", False):
-        args: tuple = (random_images(config, device, updates=1) / 127.5 - 1,)
+        args: tuple = None, random_images(config, device, updates=1) / 127.5 - 1
     else:
         labels = torch.arange(config.batch, device=device) % max(config.c_dim, 1)
         c = one_hot(labels, config.c_dim) if config.cond else None

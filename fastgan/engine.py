@@ -171,9 +171,9 @@ class Engine:
             if share == 1:
                 total = result.grads
             elif total is None:
-                total = list(torch._foreach_mul(result.grads, share))
+                total = list(torch.ops.aten._foreach_mul.Scalar(result.grads, share))
             else:
-                torch._foreach_add_(total, result.grads, alpha=share)
+                torch.ops.aten._foreach_add_.List(total, result.grads, alpha=share)
             self._log(result.losses, share)
         assert total is not None
         for parameter, grad in zip(net.parameters(), total, strict=True):
@@ -374,8 +374,8 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 @torch.no_grad()
 def _clip(net: torch.nn.Module, bound: float) -> None:
     """Every weight to -bound..bound (Arjovsky et al. 2017, algorithm 1)."""
-    torch._foreach_clamp_min_(list(net.parameters()), -bound)
-    torch._foreach_clamp_max_(list(net.parameters()), bound)
+    torch.ops.aten._foreach_clamp_min_.Scalar(list(net.parameters()), -bound)
+    torch.ops.aten._foreach_clamp_max_.Scalar(list(net.parameters()), bound)
 
 
 def _optimizer(net: torch.nn.Module, lr: float | Tensor, config: Config) -> torch.optim.Optimizer:

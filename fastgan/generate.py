@@ -148,7 +148,10 @@ def _check_label(label: int | None, config: Config) -> None:
 def _write(images: np.ndarray, labels: np.ndarray | None, out: Path, form: str, seed: int) -> str:
     if form == "npz":
         path = out / f"seed{seed}.npz"
-        np.savez_compressed(path, images=images, **({} if labels is None else {"labels": labels}))
+        if labels is None:
+            np.savez_compressed(path, images=images)
+        else:
+            np.savez_compressed(path, images=images, labels=labels)
     elif form == "grid":
         path = out / f"seed{seed}.png"
         save_image(path, grid(images))

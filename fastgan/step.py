@@ -219,9 +219,13 @@ def _judged(D: Discriminator, images: Tensor, c: Tensor | None) -> tuple[Tensor,
 def _augmented(images: Tensor, augment: DiffAugment | ADA | None, strength: Tensor | None) -> Tensor:
     if augment is None:
         return images
-    n, kind = len(images), {"device": images.device}
-    uniform, normal = torch.rand(n, augment.uniforms, **kind), torch.randn(n, augment.normals, **kind)
-    return augment(images, uniform.to(images.dtype), normal.to(images.dtype), strength)
+    n, dtype, device = len(images), images.dtype, images.device
+    uniform = torch.rand(n, augment.uniforms, dtype=dtype, device=device)
+    normal = torch.randn(n, augment.normals, dtype=dtype, device=device)
+    if isinstance(augment, DiffAugment):
+        return augment(images, uniform)
+    assert strength is not None
+    return augment(images, uniform, normal, strength)
 
 
 def _result(losses: dict[str, Tensor], total: Tensor, net: nn.Module) -> PhaseResult:

@@ -247,8 +247,8 @@ def sample_grid(engine: Engine, latents: torch.Tensor, reals: torch.Tensor) -> n
     c = engine.config
     labels = torch.arange(len(latents), device=engine.device) % c.c_dim if c.cond else None
     if getattr(engine.ema, "translates", False):
-        images = engine.ema(reals / 127.5 - 1)
-        return grid(np.concatenate([side_by_side(reals / 127.5 - 1), side_by_side(images)], axis=2))
+        pairs = reals / 127.5 - 1
+        return grid(np.concatenate([side_by_side(pairs), side_by_side(engine.ema(None, pairs))], axis=2))
     return picture(c, engine.ema(latents.to(engine.device), engine.one_hot(labels)))
 
 

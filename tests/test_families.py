@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch._inductor.config
 from family_cases import CPU, exact_calls, tiny_config
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
