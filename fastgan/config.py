@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from fastgan.augment import make_augment
-from fastgan.layers import add_spectral_norm
 from fastgan.losses import LOSSES
 from fastgan.models import Discriminator, Generator, family
+from fastgan.spectral import add_spectral_norm
 
 
 class UsageError(Exception):

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastgan.convert import biggan_discriminator, biggan_generator
-from fastgan.layers import (
+from fastgan.losses import orthogonal
+from fastgan.models import biggan, sagan
+from fastgan.spectral import (
     ConditionalBatchNorm2d,
     Embedding,
     ProjectionDiscriminator,
@@ -22,8 +24,6 @@ from fastgan.layers import (
     add_spectral_norm,
     spectral_norm,
 )
-from fastgan.losses import orthogonal
-from fastgan.models import biggan, sagan
 
 Names = dict[str, str]  # the peer's name -> ours
 

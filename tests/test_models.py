@@ -5,7 +5,7 @@ import torch
 from golden_cases import Case, golden
 from torch import nn
 
-from fastgan import layers
+from fastgan import equalized
 from fastgan.kernels.norm_act import pixel_norm
 from fastgan.models import dcgan, stylegan
 
@@ -57,14 +57,14 @@ def test_torgb(case: Case):
 
 @golden("stylegan2_layers", "fully_connected_layer")
 def test_fully_connected(case: Case):
-    layer = layers.FullyConnected(**case.args["ctor"])
+    layer = equalized.FullyConnected(**case.args["ctor"])
     inputs = load(layer, case) | {"x": case.tensor("in.x").requires_grad_()}
     case.check_derivatives(layer(inputs["x"]), inputs)
 
 
 @golden("stylegan2_layers", "conv2d_layer")
 def test_conv2d(case: Case):
-    layer = layers.Conv2d(**case.args["ctor"])
+    layer = equalized.Conv2d(**case.args["ctor"])
     inputs = load(layer, case) | {"x": case.tensor("in.x").requires_grad_()}
     case.check_derivatives(layer(inputs["x"], gain=case.args["gain"]), inputs)
 

@@ -9,7 +9,7 @@ import torch
 from golden_cases import Case, golden
 from torch import Tensor, nn
 
-from fastgan import layers
+from fastgan import equalized
 from fastgan.convert import _zoo_layer, progan_discriminator, progan_generator
 from fastgan.kernels.minibatch_stddev import minibatch_stddev
 from fastgan.kernels.norm_act import pixel_norm
@@ -34,12 +34,12 @@ def check_layer(layer: nn.Module, case: Case) -> None:
 
 @golden("progan_layers", "equalized_conv")
 def test_equalized_conv(case: Case):
-    check_layer(layers.Conv2d(case.args["cin"], case.args["cout"], case.args["k"]), case)
+    check_layer(equalized.Conv2d(case.args["cin"], case.args["cout"], case.args["k"]), case)
 
 
 @golden("progan_layers", "equalized_linear")
 def test_equalized_linear(case: Case):
-    check_layer(layers.FullyConnected(case.args["cin"], case.args["cout"]), case)
+    check_layer(equalized.FullyConnected(case.args["cin"], case.args["cout"]), case)
 
 
 @golden("progan_layers", "pixelnorm", "upscale2d")

@@ -7,7 +7,7 @@ import torch
 from golden_cases import Case, golden
 from torch import Tensor, nn
 
-from fastgan import layers
+from fastgan import equalized
 from fastgan.losses import gradient_square
 from fastgan.models import stylegan, stylegan1
 
@@ -87,7 +87,7 @@ def test_every_layer_is_normalised_and_takes_its_own_style_and_noise():
 
 def test_resampling_keeps_flat_images_flat():
     """The FIR's gain, up and down, is one away from the borders."""
-    up, down = layers.Conv2d(2, 3, 3, up=2), layers.Conv2d(2, 3, 3, down=2)
+    up, down = equalized.Conv2d(2, 3, 3, up=2), equalized.Conv2d(2, 3, 3, down=2)
     flat = torch.ones(1, 2, 16, 16)
     for layer in (up, down):
         inner = layer(flat)[:, :, 3:-3, 3:-3]

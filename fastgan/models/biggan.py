@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgan.layers import (
+from fastgan.layers import require_labels
+from fastgan.spectral import (
     ConditionalBatchNorm2d,
     DownBlock,
     Embedding,
@@ -22,7 +23,6 @@ from fastgan.layers import (
     SpectralConv2d,
     UpBlock,
     doublings,
-    require_labels,
     spectral_linear,
     with_attention,
 )

@@ -19,7 +19,6 @@ from fastgan.layers import run_layers, weigh, with_noise
 
 DOMAINS = 2  # images are pairs
 
-DOMAINS = 2
 
 
 def _init(module: nn.Module) -> None:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgan.equalized import BOX, Conv2d, DiscriminatorEpilogue, FullyConnected, channels_at
 from fastgan.kernels.norm_act import pixel_norm
-from fastgan.layers import BOX, Conv2d, DiscriminatorEpilogue, FullyConnected, channels_at
 
 
 def schedule(images: int, fade_kimg: float, stable_kimg: float, stages: int) -> float:

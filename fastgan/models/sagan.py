@@ -11,14 +11,14 @@ import itertools
 import torch
 from torch import Tensor
 
-from fastgan.layers import (
+from fastgan.layers import require_labels
+from fastgan.spectral import (
     DownBlock,
     Embedding,
     ProjectionDiscriminator,
     ResidualGenerator,
     UpBlock,
     doublings,
-    require_labels,
     with_attention,
 )
 

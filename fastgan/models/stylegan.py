@@ -10,9 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastgan.kernels.modulated_conv2d import modulated_conv2d
-from fastgan.kernels.upfirdn2d import downsample2d, setup_filter, upsample2d
-from fastgan.layers import (
+from fastgan.equalized import (
     BLUR,
     Conv2d,
     DiscriminatorEpilogue,
@@ -22,6 +20,8 @@ from fastgan.layers import (
     channels_at,
     layer_noises,
 )
+from fastgan.kernels.modulated_conv2d import modulated_conv2d
+from fastgan.kernels.upfirdn2d import downsample2d, setup_filter, upsample2d
 
 ARCHITECTURES = ("orig", "skip", "resnet")
 

@@ -10,19 +10,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fastgan.equalized import BLUR, Conv2d, FullyConnected, Mapping, StyleGenerator, channels_at, layer_noises
 from fastgan.kernels.bias_act import bias_act
 from fastgan.kernels.conv2d_resample import conv2d_resample
 from fastgan.kernels.norm_act import adain
 from fastgan.kernels.upfirdn2d import setup_filter
-from fastgan.layers import (
-    BLUR,
-    Conv2d,
-    FullyConnected,
-    Mapping,
-    StyleGenerator,
-    channels_at,
-    layer_noises,
-)
 from fastgan.models import stylegan
 
 
