@@ -88,7 +88,7 @@ def test_bad_arguments_are_errors():
     assert message("digits:tset", 8).startswith(
         "--data digits:tset is unknown; there are digits, digits:train, digits:test, digits:inverted"
     )
-    assert message("digits:", 8) == f"--data digits: is unknown; {way_out}"
+    assert message("digits:", 8).startswith("--data digits: is unknown; there are digits, digits:train")
 
 
 # Folders
