@@ -85,6 +85,10 @@ def test_too_small_a_resolution_is_an_error(data: Path):
 def test_bad_arguments_are_errors():
     assert "--channels 4" in message("digits", 8, channels=4)
     assert "--crop left" in message("digits", 8, crop="left")
+    assert message("digits:tset", 8).startswith(
+        "--data digits:tset is unknown; there are digits, digits:train, digits:test, digits:inverted"
+    )
+    assert message("digits:", 8).startswith("--data digits: is unknown; there are digits, digits:train")
 
 
 # Folders
