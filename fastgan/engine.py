@@ -177,7 +177,9 @@ class Engine:
             self._log(result.losses, share)
         assert total is not None
         for parameter, grad in zip(net.parameters(), total, strict=True):
-            parameter.grad = grad
+            # Fused Adam walks memory, not indices, and a gradient through a penalty may be laid out otherwise.
+            same = grad.stride() == parameter.stride()
+            parameter.grad = grad if same else torch.empty_like(parameter).copy_(grad)
         optimizer.step()
         net.zero_grad(set_to_none=True)  # not held while the other network's phase runs
 

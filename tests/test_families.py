@@ -103,3 +103,20 @@ def test_traced_gradients_equal_eager_ones(arch: str, phase: str):
 def test_compiled_gradients_equal_eager_ones(arch: str, phase: str):
     """The same through Inductor's code, as --compile runs it."""
     check_compiled(arch, phase, lambda f: compile_phase(f, CPU))
+
+
+def test_an_update_is_adams_whatever_the_gradients_layout():
+    """A penalty's gradients come in a layout other than the weights', which fused Adam does not look at."""
+    engine = Engine(tiny_config("wgan-gp"), CPU)
+    config = engine.config
+    torch.manual_seed(0)
+    images, _ = random_step(config, CPU)
+    result = engine.d(0, *engine.d_args(images[: config.part], None))
+    assert any(g.stride() != p.stride() for g, p in zip(result.grads, engine.D.parameters(), strict=True))
+    expected = [p.detach().clone().requires_grad_() for p in engine.D.parameters()]
+    for p, g in zip(expected, result.grads, strict=True):
+        p.grad = g.clone()
+    torch.optim.Adam(expected, config.d_lr, (config.beta1, config.beta2), foreach=False).step()
+    engine._update(engine.D, engine.d_optimizer, [result])
+    for mine, theirs in zip(engine.D.parameters(), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
