@@ -289,7 +289,7 @@ def test_memory_that_runs_out_is_one_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    def step(engine: Engine, real: torch.Tensor) -> None:
+    def step(engine: Engine, *batch: torch.Tensor | None) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nA second line.")
 
     whole = Engine.step
@@ -378,7 +378,7 @@ def test_generate_errors(finished: Path, tmp_path: Path, capsys: pytest.CaptureF
 def test_presets_are_whole():
     for arch in PRESETS:
         config = make_config(arch)
-        assert dataclasses.replace(config, kimg=0.001).images == config.batch
+        assert dataclasses.replace(config, kimg=0.001).images == config.batch * config.d_steps
     paper = make_config(
         "stylegan", resolution=64, channel_base=16384, channel_max=512, mapping_layers=8, batch=8
     )

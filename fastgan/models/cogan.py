@@ -20,7 +20,6 @@ from fastgan.layers import run_layers, weigh, with_noise
 DOMAINS = 2  # images are pairs
 
 
-
 def _init(module: nn.Module) -> None:
     """N(0, 0.02) for the generators' convolutions, as in DCGAN."""
     if isinstance(module, nn.ConvTranspose2d):
@@ -128,7 +127,7 @@ class Discriminator(nn.Module):
     def head(self, features: Tensor, c: Tensor | None = None) -> Tensor:
         """Logits [N, 2] in the weights' dtype."""
         x = features.to(self.out.weight.dtype)
-        return self.out(torch.cat(x.chunk(2, dim=1))).reshape(2, -1).t()
+        return torch.cat([self.out(half) for half in x.chunk(2, dim=1)], dim=1)
 
     def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
         return self.head(self.features(img))
