@@ -1,11 +1,12 @@
-"""What the engine makes of a step beside plain PyTorch: python -m bench.plain dcgan|stylegan|default-stylegan
+"""What the engine makes of a step beside plain PyTorch: python -m bench.plain CASE
 
 Three ways to compute the same step in the same precision, taken in turn within one process: `plain`, written
 as its users write it (DCGAN as in pytorch/examples, under autocast and channels_last; StyleGAN2 as scale,
-convolution, scale, with FIR filters as strided depthwise convolutions), then this project's step eagerly,
-then compiled. Printed are medians of the rounds, images/s, the speed against `plain`, and the fraction of the
-limit (fastgan/limit.py). StyleGAN2's step is the sum of its phases, each at its share, and of the update that
-follows them; compiling its four phases takes minutes. The last row is inference, images from latents.
+convolution, scale, with FIR filters as strided depthwise convolutions; R3GAN with PyTorch's grouped
+convolutions and a backward pass of its own for the loss; CycleGAN with PyTorch's instance norm), then this
+project's step eagerly, then compiled. Printed are medians of the rounds, images/s, the speed against `plain`,
+and the fraction of the limit (fastgan/limit.py). But for DCGAN, a step is the sum of its phases, each at its
+share, and of the update that follows them; compiling the phases takes minutes. The last row is inference.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from fastgan.engine import Engine, place
 from fastgan.kernels import conv2d_resample, modulated_conv2d
 from fastgan.kernels.upfirdn2d import Pair, parse_padding
 from fastgan.limit import PhaseCall, limit, phase_calls, random_images, synchronize, update_call
+from fastgan.models import cyclegan, r3gan
 from fastgan.train import peak_memory_mib
 
 Run = Callable[[], object]
@@ -36,6 +38,16 @@ CASES: dict[str, Case] = {
     "dcgan": CPU["dcgan"],
     "stylegan": ("stylegan", {**FULL, "resolution": 64, "batch": 8, "channel_base": 16384}, BOTH),
     "default-stylegan": CPU["default-stylegan"],
+    "r3gan": (  # the size that the paper trains on CIFAR-10
+        "r3gan",
+        {"resolution": 32, "batch": 16, "width": 768, "cardinality": 96, "blocks": 2, "z_dim": 64},
+        BOTH,
+    ),
+    "cyclegan": (  # the paper's networks at 128 pixels
+        "cyclegan",
+        {"resolution": 128, "batch": 1, "ngf": 64, "ndf": 64, "blocks": 9, "layers": 3, "identity": 0.5},
+        BOTH,
+    ),
 }
 
 
@@ -101,11 +113,29 @@ def plain_fir(
     return F.conv2d(x, f.expand(c, 1, *f.shape), stride=down, groups=c)
 
 
-def plain_filters() -> ExitStack:
-    """While it is open, StyleGAN2's convolutions resample with `plain_fir`."""
+def plain_instance_norm(
+    x: Tensor, act: str = "linear", alpha: float = 0.0, weight: None = None, bias: None = None
+) -> Tensor:
+    y = F.instance_norm(x)
+    return y if act == "linear" else F.leaky_relu(y, alpha)
+
+
+def plain_grouped_conv2d(x: Tensor, w: Tensor, groups: int) -> Tensor:
+    return F.conv2d(x, w.to(x.dtype), padding=w.shape[2] // 2, groups=groups)
+
+
+PLAINLY: dict[str, list[tuple[object, str, object]]] = {  # what stands in for what is this project's own
+    "stylegan": [(conv2d_resample, "fir_ref", plain_fir), (modulated_conv2d, "fir_ref", plain_fir)],
+    "r3gan": [(r3gan, "grouped_conv2d", plain_grouped_conv2d), (r3gan.Discriminator, "homogeneous", False)],
+    "cyclegan": [(cyclegan, "instance_norm_act", plain_instance_norm)],
+}
+
+
+def plainly(arch: str) -> ExitStack:
+    """While it is open, the family is written in plain PyTorch."""
     stack = ExitStack()
-    for module in (conv2d_resample, modulated_conv2d):
-        stack.enter_context(mock.patch.object(module, "fir_ref", plain_fir))
+    for owner, name, stand_in in PLAINLY[arch]:
+        stack.enter_context(mock.patch.object(owner, name, stand_in))
     return stack
 
 
@@ -132,7 +162,7 @@ def dcgan_step(config: Config, device: torch.device, rounds: int) -> tuple[dict[
     return found, limit_of_step(config, phase_calls(eager, real))
 
 
-def stylegan_step(config: Config, device: torch.device, rounds: int) -> tuple[dict[str, float], float]:
+def phases_step(config: Config, device: torch.device, rounds: int) -> tuple[dict[str, float], float]:
     """Seconds of a step by each way, and the limit."""
     real = random_images(config, device)
     engines = [Engine(replace(config, compile=compile), device) for compile in (False, True)]
@@ -141,7 +171,7 @@ def stylegan_step(config: Config, device: torch.device, rounds: int) -> tuple[di
     for eager, compiled in zip(*(phase_calls(e, real) for e in engines), strict=True):
 
         def plain(call: PhaseCall = eager) -> None:
-            with plain_filters():
+            with plainly(config.arch):
                 call()
 
         found = measured({"plain": plain, "eager": eager, "compiled": compiled}, device, rounds)
@@ -155,17 +185,20 @@ def stylegan_step(config: Config, device: torch.device, rounds: int) -> tuple[di
 
 
 def inference(config: Config, device: torch.device, rounds: int) -> tuple[dict[str, float], float]:
-    """Seconds of a batch of images from latents by each way, and the limit."""
+    """Seconds of a batch of images from latents, or of translations, by each way, and the limit."""
     G = build_generator(config).eval().requires_grad_(False)
     place(G, device)
-    z = torch.randn(config.batch, config.z_dim, device=device)
+    if config.domains == 2:
+        args: tuple = None, random_images(config, device) / 127.5 - 1
+    else:
+        args = (torch.randn(config.batch, config.z_dim, device=device),)
     eager, compiled = (
-        PhaseCall(Phase("generating", lambda G, z: G(z), device, compile), (G, z), 1.0)
+        PhaseCall(Phase("generating", lambda G, *args: G(*args), device, compile), (G, *args), 1.0)
         for compile in (False, True)
     )
 
     def plain() -> None:
-        with plain_filters():
+        with plainly(config.arch) if config.arch in PLAINLY else ExitStack():
             eager()
 
     with torch.no_grad():
@@ -190,7 +223,7 @@ def main() -> None:
         options = {**options, "r1": 0.0, "instance_noise": 0.0}
     config, device = resolve_device(make_config(arch, precision=args.precision, **options))
     print(f"{described(config)}\n{'':20} plain | eager | compiled | fraction of the limit")
-    measure = dcgan_step if arch == "dcgan" else stylegan_step
+    measure = dcgan_step if arch == "dcgan" else phases_step
     print(row("step", *measure(config, device, args.rounds), config.batch))
     print(row("inference", *inference(config, device, args.rounds), config.batch))
     print(f"peak memory {peak_memory_mib(device)} MiB, of all ways together")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastgan.config import Config, make_config, resolve_device
+from fastgan.config import PRESETS, Config, make_config, resolve_device
 from fastgan.limit import PhaseCall, limit
 from fastgan.train import peak_memory_mib
 
@@ -33,6 +33,9 @@ CPU: dict[str, Case] = {
     ),
     "dcgan": ("dcgan", {"resolution": 64, "batch": 64, "ngf": 64, "ndf": 64}, BOTH),
 }
+FAMILIES: dict[str, Case] = {
+    f"default-{arch}": (arch, {}, EAGER) for arch in PRESETS if f"default-{arch}" not in CPU
+}
 GPU: dict[str, Case] = {
     # The networks behind StyleGAN3's published 6.79, 12.53, 41.06 and 90.39 s/kimg on an A100; our batches.
     "stylegan-128": ("stylegan", {**FULL, "resolution": 128, "batch": 32}, BOTH),
@@ -43,10 +46,10 @@ GPU: dict[str, Case] = {
 }
 
 
-def configs() -> Iterator:
+def configs(families: bool = False) -> Iterator:
     """A pytest parameter for each case and mode, with an id that says arch, resolution, batch, precision and
-    mode."""
-    cases = SMOKE | (GPU if torch.cuda.is_available() else CPU)
+    mode; with `families`, also for the presets of all others."""
+    cases = SMOKE | (GPU if torch.cuda.is_available() else CPU) | (FAMILIES if families else {})
     for name, (arch, options, modes) in cases.items():
         for compile in modes:
             config, _ = resolve_device(make_config(arch, compile=compile, **options))

@@ -177,7 +177,7 @@ class Engine:
             self._log(result.losses, share)
         assert total is not None
         for parameter, grad in zip(net.parameters(), total, strict=True):
-            # Fused Adam walks memory, not indices, and a gradient through a penalty may be laid out otherwise.
+            # Fused Adam walks memory, not indices; a gradient through a penalty may be laid out otherwise.
             same = grad.stride() == parameter.stride()
             parameter.grad = grad if same else torch.empty_like(parameter).copy_(grad)
         optimizer.step()

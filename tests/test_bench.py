@@ -1,10 +1,13 @@
 """bench.compare, and what the benchmarks measure on a device."""
 
+import copy
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
+from family_cases import exact_calls
 
 from bench import compare, plain, settings
 from fastgan.config import build_networks, make_config, resolve_device
@@ -99,7 +102,7 @@ def test_gpu_settings_are_the_published_ones(resolution: int):
 )
 def test_every_file_has_a_smoke_case(file: Path):
     text = file.read_text()
-    assert "configs()" in text or '"smoke"' in text
+    assert "configs(" in text or '"smoke"' in text
 
 
 @pytest.mark.parametrize(("up", "down", "padding"), [(1, 1, (2, 2, 2, 2)), (2, 1, (2, 1, 2, 1)), (1, 2, 1)])
@@ -120,8 +123,25 @@ def test_plain_filters_are_used_while_open():
         return tuple(e.name for e in seen.events() or () if e.name.startswith("fastgan"))
 
     assert operators() == ("fastgan::correlate",)
-    with plain.plain_filters():
+    with plain.plainly("stylegan"):
         assert operators() == ()
+
+
+@pytest.mark.parametrize("arch", ["r3gan", "cyclegan"])
+def test_a_family_in_plain_pytorch_has_the_same_gradients(arch: str):
+    def stand_in() -> list[bool]:
+        return [getattr(owner, name) is other for owner, name, other in plain.PLAINLY[arch]]
+
+    for call in exact_calls(arch):
+        grads = []
+        for plainly in (False, True):
+            torch.manual_seed(0)
+            with plain.plainly(arch) if plainly else ExitStack():
+                assert all(stand_in()) if plainly else not any(stand_in())
+                grads.append(call.phase.function(*copy.deepcopy(call.args)).grads)
+        for ours, theirs in zip(*grads, strict=True):
+            scale = max(1.0, float(theirs.abs().max()))
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9 * scale)
 
 
 def test_plain_dcgan_has_the_size_of_ours_and_trains():
