@@ -2,7 +2,7 @@
 
 A ResNeXt body for both networks: no normalization, no styles, no minibatch statistics. Each has a stage for
 every resolution from 4 on, `blocks` residual blocks a stage. At resolution r a stage is
-min(width, channel_base / r) channels wide, with groups in the proportion that `cardinality` has to `width`. The
+min(width, channel_base / r) channels wide, with groups in the proportion of `cardinality` to `width`. The
 defaults are the public implementation's for CIFAR-10 and FFHQ: 768 up to 32 pixels, then 384, 192 and 96. All
 layers run in `dtype`, where the public one keeps the smallest stages in fp32.
 """
