@@ -173,8 +173,9 @@ def _g_loss(
         for name, value in G.penalties(fake, _condition(latents.c)).items():
             losses[name], total = value, total + value
     if o.orthogonal > 0:
-        weights = [p for p in G.parameters() if p.ndim >= 2]
-        losses["orthogonal"] = orthogonal(weights)
+        # An embedding that all layers share is no map from one layer to the next.
+        named = G.named_parameters()
+        losses["orthogonal"] = orthogonal(p for n, p in named if p.ndim >= 2 and not n.startswith("shared."))
         total = total + o.orthogonal * losses["orthogonal"]
     return losses, total
 

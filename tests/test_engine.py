@@ -87,6 +87,20 @@ def test_a_new_stage_starts_with_fresh_optimizers_and_graphs():
     assert phases[0] is phases[2] and phases[3] is not phases[4] is engine.d
 
 
+def test_orthogonal_regularization_leaves_the_class_embedding_alone():
+    grads = []
+    for weight in (0.0, 10.0):
+        engine = Engine(tiny_config("biggan", orthogonal=weight), CPU)
+        torch.manual_seed(0)
+        result = engine.g(0, *engine.g_args(random_step(engine.config, CPU)[0], None))
+        named = zip((n for n, _ in engine.G.named_parameters()), result.grads, strict=True)
+        grads.append({name: grad for name, grad in named if grad.ndim >= 2})
+    shared = [name for name in grads[0] if name.startswith("shared.")]
+    several = [name for name, grad in grads[0].items() if len(grad) > 1 and name not in shared]  # rows
+    assert shared and all(torch.equal(grads[0][name], grads[1][name]) for name in shared)
+    assert several and not any(torch.equal(grads[0][name], grads[1][name]) for name in several)
+
+
 def test_labels_reach_both_networks():
     """Other labels, other gradients; and the fakes' own labels are drawn anew."""
     engine = Engine(tiny_config("cgan", dropout=0.0), CPU)
