@@ -120,9 +120,12 @@ def orthogonal(weights: Iterable[Tensor]) -> Tensor:
 
     Its gradient is 4 ((W W^T) * (1 - I)) W: BigGAN-PyTorch's strength is twice the weight of this.
     """
-    rows = [_precise(weight).flatten(1) for weight in weights]
-    grams = [row @ row.t() for row in rows]
-    return torch.stack([(gram - gram.diagonal().diag()).square().sum() for gram in grams]).sum()
+    terms = []
+    for weight in weights:
+        rows = _precise(weight).flatten(1)
+        itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+        terms.append((rows @ rows.t()).masked_fill(itself, 0.0).square().sum())
+    return torch.stack(terms).sum()
 
 
 def gradient_square(logits: Tensor, x: Tensor) -> Tensor:
