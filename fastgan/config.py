@@ -264,7 +264,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "wgan-gp": {
         "batch": 64,
-        "kimg": 800.0,
+        "kimg": 1000.0,
         "loss": "wasserstein",
         "gradient_penalty": 10.0,
         "d_steps": 5,
