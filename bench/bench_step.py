@@ -10,14 +10,14 @@ import torch
 from bench.settings import FAMILIES, configs, limit_of_step, rounds, speed
 from fastgan.config import Config
 from fastgan.engine import Engine
-from fastgan.limit import phase_calls, random_images, random_step
+from fastgan.limit import grown, phase_calls, random_images, random_step
 from fastgan.profile import timed
 
 
 @pytest.mark.parametrize("config", list(configs(families=True)))
 def test_training_iteration(benchmark, config: Config):
     device = torch.device(config.device)
-    engine, batch = Engine(config, device), random_step(config, device)
+    engine, batch = grown(Engine(config, device)), random_step(config, device)
     calls = phase_calls(engine, random_images(config, device))
     period = max(round(1 / min(call.share for call in calls)), 1)
 

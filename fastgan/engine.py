@@ -54,7 +54,7 @@ class Engine:
         graphs = config.cuda_graphs and device.type == "cuda"
         self.recordings = Recordings(CudaCapture(device)) if graphs else None
         self._make_phases()
-        self._grow()
+        self.grow()
 
     def _make_phases(self) -> None:
         c = self.config
@@ -98,7 +98,7 @@ class Engine:
         """
         c, step = self.config, self.images // self.config.step_images
         torch.manual_seed(_seed(c.seed, "step", self.images))
-        self._grow()
+        self.grow()
         self._decay_rates()
         one_hot = self.one_hot(labels)
         parts = [
@@ -191,7 +191,7 @@ class Engine:
                 self.losses[name] = torch.zeros(2, device=self.device, dtype=torch.float64)
             self.losses[name] += torch.stack([value, torch.ones_like(value)])
 
-    def _grow(self) -> None:
+    def grow(self) -> None:
         """Take a growing family to where its schedule is. A new stage has new graphs and fresh optimizers."""
         if not hasattr(self.G, "grow"):
             return
@@ -278,7 +278,7 @@ class Engine:
         for prefix, net in (("G", self.G), ("D", self.D), ("ema", self.ema)):
             for name, tensor in _state(net).items():
                 tensor.copy_(state[f"{prefix}.{name}"])
-        self._grow()
+        self.grow()
         for prefix, net, optimizer in self._optimizers():
             for name, parameter in net.named_parameters():
                 moments = {

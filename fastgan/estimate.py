@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fastgan.config import Config, network_options
 from fastgan.engine import Engine
-from fastgan.limit import phase_calls, random_images
+from fastgan.limit import grown, phase_calls, random_images
 
 
 class Device(NamedTuple):
@@ -130,7 +130,7 @@ def _whole(batch: int, config: Config) -> int:
 
 
 def _step(config: Config, device: Device) -> Estimate:
-    engine = Engine(dataclasses.replace(config, compile=False), torch.device("cpu"))
+    engine = grown(Engine(dataclasses.replace(config, compile=False), torch.device("cpu")))
     real = random_images(config, torch.device("meta"))
     g, d = (sum(p.nbytes for p in net.parameters()) for net in (engine.G, engine.D))
     # Adam reads p, g, m, v and writes p, m, v; the moving average reads two and writes one.

@@ -74,6 +74,14 @@ def random_step(config: Config, device: torch.device) -> tuple[Tensor, Tensor | 
     return real, labels
 
 
+def grown(engine: Engine) -> Engine:
+    """`engine`; where its networks grow, as far as they are at the end of the run."""
+    if engine.stage is not None:
+        engine.images = engine.config.images
+        engine.grow()
+    return engine
+
+
 def phase_calls(engine: Engine, real: Tensor) -> list[PhaseCall]:
     """The phases that `engine.step` runs, on real uint8 [part, C, R, R]; `share` is how often in a step."""
     c = engine.config

@@ -19,6 +19,7 @@ from fastgan.data.feed import Batch, fits
 from fastgan.engine import Engine
 from fastgan.limit import (
     PhaseCall,
+    grown,
     limit,
     phase_calls,
     random_images,
@@ -135,7 +136,7 @@ def energy(engine: Engine, batch: Batch, calls: list[PhaseCall], seconds: float)
 
 def profile(config: Config, device: torch.device, seconds: float, trace: Path | None) -> dict[str, Any]:
     """Measure, print, and return every figure; times in seconds."""
-    engine, batch = Engine(config, device), random_step(config, device)
+    engine, batch = grown(Engine(config, device)), random_step(config, device)
     engine.step(*batch)  # gives the optimizers their state
     calls = phase_calls(engine, random_images(config, device))
     mode = "compiled" if config.compile else "eager"
@@ -217,7 +218,7 @@ def sweep_batch(config: Config, device: torch.device, seconds: float) -> list[di
             print(f"batch {batch}: would take half of the free memory or more (estimate)")
             break
         try:
-            engine = Engine(each, device)
+            engine = grown(Engine(each, device))
             engine.step(*random_step(each, device))
             calls = phase_calls(engine, random_images(each, device))
             times, update = step_times(engine, calls, seconds)

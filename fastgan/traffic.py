@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from fastgan import cli
 from fastgan.config import Config, make_config, resolve_device
 from fastgan.engine import Engine
-from fastgan.limit import phase_calls, random_images
+from fastgan.limit import grown, phase_calls, random_images
 
 PRODUCTS = {"convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm"}
 # FIR filters and grouped convolutions, to Inductor convolutions.
@@ -76,7 +76,7 @@ def table(config: Config) -> str:
     row = "{:18}  {:>8}  {:>9} {:>7}  {:>9} {:>7}".format
     lines = [row("", "products", "launches", "fused", "MB moved", "fused")]
     cpu = torch.device("cpu")
-    engine = Engine(dataclasses.replace(config, compile=False), cpu)
+    engine = grown(Engine(dataclasses.replace(config, compile=False), cpu))
     for call in phase_calls(engine, random_images(config, cpu)):
         a, b = unfused(call.on_meta()), fused(call.phase.function, *call.args)
         moved = (f"{t.bytes / 1e6:.0f}" for t in (a, b))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgan.config import UsageError, make_config
 from fastgan.engine import Engine
-from fastgan.limit import random_step
+from fastgan.limit import grown, random_step
 from fastgan.step import PhaseResult
 from fastgan.train import open_data
 
@@ -85,6 +85,16 @@ def test_a_new_stage_starts_with_fresh_optimizers_and_graphs():
         assert engine.ema.growth == engine.G.growth == engine.D.growth
     assert sides == [4, 4, 4, 8, 8] and steps == [1, 2, 3, 1, 2]
     assert phases[0] is phases[2] and phases[3] is not phases[4] is engine.d
+
+
+def test_what_is_measured_is_the_grown_network():
+    config = tiny_config("progan", kimg=0.1)
+    engine = grown(Engine(config, CPU))
+    assert engine.G.stage == engine.D.stage == engine.ema.stage == 1
+    engine.step(*random_step(config, CPU))
+    assert engine.G(torch.randn(2, config.z_dim)).shape[-1] == config.resolution
+    plain = Engine(tiny_config("gan"), CPU)
+    assert grown(plain).images == 0
 
 
 def test_orthogonal_regularization_leaves_the_class_embedding_alone():
