@@ -202,32 +202,21 @@ class Config:
 
 
 # The papers' recipes, sized for the embedded digits on two CPU cores.
+_MLP: dict[str, Any] = {
+    "batch": 64,
+    "kimg": 200.0,
+    "z_dim": 100,
+    "dropout": 0.3,
+    "g_lr": 0.0004,
+    "d_lr": 0.0004,
+    "beta1": 0.5,
+    "beta2": 0.999,
+    "tick_kimg": 10.0,
+    "checkpoint_kimg": 50.0,
+}
 PRESETS: dict[str, dict[str, Any]] = {
-    "gan": {
-        "batch": 64,
-        "kimg": 200.0,
-        "z_dim": 100,
-        "dropout": 0.3,
-        "g_lr": 0.0004,
-        "d_lr": 0.0004,
-        "beta1": 0.5,
-        "beta2": 0.999,
-        "tick_kimg": 10.0,
-        "checkpoint_kimg": 50.0,
-    },
-    "cgan": {
-        "cond": True,
-        "batch": 64,
-        "kimg": 200.0,
-        "z_dim": 100,
-        "dropout": 0.3,
-        "g_lr": 0.0004,
-        "d_lr": 0.0004,
-        "beta1": 0.5,
-        "beta2": 0.999,
-        "tick_kimg": 10.0,
-        "checkpoint_kimg": 50.0,
-    },
+    "gan": _MLP,
+    "cgan": _MLP | {"cond": True},
     "dcgan": {
         "resolution": 32,
         "batch": 32,
