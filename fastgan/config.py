@@ -433,8 +433,12 @@ def make_config(arch: str, **given: Any) -> Config:
 
 
 def changed_fields(old: dict[str, Any], new: Config) -> list[str]:
-    """Names of the fields in which a resumed run must not, but does, differ from the run's own config."""
+    """Names of the fields in which a resumed run must not, but does, differ from the run's own config.
+
+    Where learning rates fall towards the end of the run, its length is one of them.
+    """
     own = [f.name for f in dataclasses.fields(new) if not f.metadata.get("mutable")]
+    own += ["kimg"] * (new.lr_decay > 0)
     return [name for name in own if old.get(name) != getattr(new, name)]
 
 

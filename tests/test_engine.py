@@ -1,5 +1,6 @@
 """What the engine does around the phases: updates, rates, growth, augmentation's strength, classes."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from family_cases import CPU, tiny_config
 from image_cases import noise, put
 from torch import Tensor
 
-from fastgan.config import UsageError, make_config
+from fastgan.config import UsageError, changed_fields, make_config
 from fastgan.engine import Engine
 from fastgan.limit import grown, random_step
 from fastgan.step import PhaseResult
@@ -42,6 +43,12 @@ def test_rates_fall_over_the_last_share_of_the_run():
         rates[images] = [o.param_groups[0]["lr"] for _, _, o in engine._optimizers()]
     assert rates[0] == rates[200] == [0.1, 0.2]
     assert rates[300] == pytest.approx([0.05, 0.1]) and rates[396] == pytest.approx([0.002, 0.004])
+
+
+@pytest.mark.parametrize(("lr_decay", "changed"), [(0.0, []), (0.5, ["kimg"])])
+def test_a_run_whose_rates_fall_keeps_its_length(lr_decay: float, changed: list[str]):
+    old, new = (tiny_config("cyclegan", kimg=kimg, lr_decay=lr_decay) for kimg in (1.0, 2.0))
+    assert changed_fields(dataclasses.asdict(old), new) == changed
 
 
 def test_the_critic_is_clipped_and_updated_more_often():
