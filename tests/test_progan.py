@@ -151,7 +151,7 @@ def test_a_checkpoint_restores_the_growth(growth: float):
         torch.save(net.state_dict(), buffer)
         buffer.seek(0)
         where = other.growth.data_ptr()
-        other.load_state_dict(torch.load(buffer))
+        other.load_state_dict(torch.load(buffer, weights_only=True))
         assert (other.stage, other.growth) == (net.stage, net.growth)
         assert other.growth.data_ptr() == where
 
