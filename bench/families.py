@@ -132,15 +132,18 @@ def finished(folder: Path, command: list[str]) -> bool:
 
 
 def pace(folder: Path) -> Figures:
-    """kimg, images/s without compiling, and seconds of all a run's training, from its log."""
-    images = seconds = training = clock = 0.0
+    """kimg, images/s without compiling, seconds and CPU seconds of all a run's training, from its log."""
+    images = seconds = cpu = training = clock = cpu_clock = 0.0
     for line in map(json.loads, (folder / METRICS).read_text().splitlines()):
         tick = (line["images"] - images) / line["images_per_second"]
         passed = line["seconds"] - clock
         # A resumed run's clock starts anew: then less has passed than the tick's own training took.
-        seconds += passed if passed > 0.99 * tick else line["seconds"]
+        resumed = passed <= 0.99 * tick
+        seconds += line["seconds"] if resumed else passed
+        cpu += line["cpu_seconds"] - (0.0 if resumed else cpu_clock)
+        cpu_clock = line["cpu_seconds"]
         images, clock, training = line["images"], line["seconds"], training + tick
-    return {"kimg": images / 1000, "rate": images / training, "seconds": seconds}
+    return {"kimg": images / 1000, "rate": images / training, "seconds": seconds, "cpu": cpu}
 
 
 def load(folder: Path) -> tuple[Any, Config]:

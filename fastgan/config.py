@@ -272,7 +272,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cyclegan": {
         "data_b": "digits:inverted",
         "batch": 4,
-        "kimg": 8.0,
+        "kimg": 6.0,
         "loss": "least-squares",
         "ngf": 16,
         "ndf": 32,
@@ -337,7 +337,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "biggan": {
         "cond": True,
         "batch": 32,
-        "kimg": 80.0,
+        "kimg": 60.0,
         "loss": "hinge",
         "d_steps": 2,
         "orthogonal": 0.00005,

@@ -97,6 +97,12 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
+def cpu_seconds() -> float:
+    """That this process, on all its threads, and what it has started and waited for have computed."""
+    uses = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(use.ru_utime + use.ru_stime for use in uses)
+
+
 def peak_memory_mib(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
@@ -199,6 +205,7 @@ def _loop(
             line = {
                 "images": engine.images,
                 "seconds": round(now - began, 3),
+                "cpu_seconds": round(cpu_seconds(), 3),
                 "images_per_second": round(rate, 2),
                 **losses,
                 "memory_mib": peak_memory_mib(engine.device),

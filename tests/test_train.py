@@ -67,7 +67,17 @@ def test_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert Config(**config).resolution == 8
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [line["images"] for line in lines] == [20, 40]
-    wanted = {"images", "seconds", "images_per_second", "memory_mib", "loss_d", "loss_g", "r1", "path_length"}
+    wanted = {
+        "images",
+        "seconds",
+        "cpu_seconds",
+        "images_per_second",
+        "memory_mib",
+        "loss_d",
+        "loss_g",
+        "r1",
+        "path_length",
+    }
     assert wanted <= lines[0].keys()
     assert all(isinstance(v, int | float) for line in lines for v in line.values())
     assert sorted(p.name for p in (finished / "samples").iterdir()) == ["000000020.png", "000000040.png"]
