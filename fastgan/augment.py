@@ -34,6 +34,7 @@ class DiffAugment:
 
     @property
     def uniforms(self) -> int:
+        """Uniform numbers that an image's draws take."""
         return sum(POLICIES[policy] for policy in self.policies)
 
     def __call__(
@@ -83,10 +84,12 @@ class ADA:
 
     @property
     def uniforms(self) -> int:
+        """Uniform numbers that an image's draws take."""
         return 21 if self.channels == 3 else 18
 
     @property
     def normals(self) -> int:
+        """Normal numbers that an image's draws take."""
         return 7 if self.channels == 3 else 6
 
     def __call__(self, images: Tensor, uniform: Tensor, normal: Tensor, p: Tensor) -> Tensor:

@@ -85,6 +85,7 @@ class Recordings:
         self.failed = False
 
     def give_up(self, error: Exception) -> None:
+        """No recording from now on; one warning says why."""
         self.failed = True
         reason = str(error).partition("\n")[0]
         warnings.warn(

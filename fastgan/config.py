@@ -188,6 +188,7 @@ class Config:
 
     @property
     def domains(self) -> int:
+        """Images that a sample is: 2 for a family that joins two domains."""
         return getattr(family(self.arch), "DOMAINS", 1)
 
     @property
@@ -395,10 +396,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def flag(name: str) -> str:
+    """The option of a field."""
     return "--" + name.replace("_", "-")
 
 
 def applies(field: dataclasses.Field, arch: str) -> bool:
+    """Whether a field means anything to a family."""
     return not field.metadata.get("network") or field.name in network_options(arch)
 
 
@@ -443,6 +446,7 @@ def changed_fields(old: dict[str, Any], new: Config) -> list[str]:
 
 
 def build_generator(config: Config) -> Generator:
+    """The generator alone, freshly initialised from torch's global random state."""
     return _build(family(config.arch).Generator, config)
 
 

@@ -120,6 +120,7 @@ def _verify_reference(op: Op, dtype: torch.dtype, device: torch.device, key: Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
     return cli.run(_main, argv)
 
 

@@ -19,6 +19,7 @@ BOX = (1, 1)  # nearest upsampling, mean of 2x2 pixels
 
 
 def channels_at(resolution: int, channel_base: int, channel_max: int) -> int:
+    """Channels of the layers at `resolution`."""
     return min(channel_base // resolution, channel_max)
 
 
@@ -41,6 +42,7 @@ class FullyConnected(nn.Module):
         self.bias_gain = lr_multiplier
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [N, in_features] -> activation(x w^T + b) [N, out_features]."""
         w = self.weight * self.weight_gain
         b = self.bias * self.bias_gain if self.bias_gain != 1 else self.bias
         if self.activation == "linear":
@@ -185,11 +187,13 @@ class StyleGenerator(nn.Module):
 
     @property
     def normals(self) -> int:
+        """Normal numbers of a training sample: z, another z to mix with, noise."""
         noise_size = self.synthesis.noise_size if self.noise == "random" else 0
         return self.z_dim * (2 if self.style_mixing > 0 else 1) + noise_size
 
     @property
     def uniforms(self) -> int:
+        """Uniform numbers of a training sample: whether and where styles are mixed."""
         return 2 if self.style_mixing > 0 else 0
 
     def sample(self, normal: Tensor, uniform: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -247,6 +251,7 @@ class DiscriminatorEpilogue(nn.Module):
         self.out = FullyConnected(in_channels, cmap_dim or 1)
 
     def features(self, x: Tensor, img: Tensor | None = None) -> Tensor:
+        """Maps [N, C, 4, 4] (and the image at that size) -> [N, C]."""
         if self.fromrgb is not None and img is not None:
             x = x + self.fromrgb(img)
         if self.mbstd_num_channels > 0:
@@ -254,6 +259,7 @@ class DiscriminatorEpilogue(nn.Module):
         return self.fc(self.conv(x).flatten(1))
 
     def head(self, features: Tensor, cmap: Tensor | None = None) -> Tensor:
+        """Features [N, C] -> logits [N, 1], projected on the mapped labels [N, cmap_dim]."""
         x = self.out(features)
         if cmap is not None:
             x = (x * cmap).sum(dim=1, keepdim=True) / math.sqrt(self.cmap_dim)

@@ -22,6 +22,7 @@ def with_labels(x: Tensor, c: Tensor | None, c_dim: int) -> Tensor:
 
 
 def require_labels(c: Tensor | None, c_dim: int) -> Tensor:
+    """c; ValueError if there are none."""
     if c is None:
         raise ValueError(f"c must be given to a conditional network: one-hot labels [N, {c_dim}]")
     return c

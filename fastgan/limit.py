@@ -50,6 +50,7 @@ class PhaseCall(NamedTuple):
         return functools.partial(self.phase.function, *self.meta_args())
 
     def meta_args(self) -> tuple:
+        """The arguments on the meta device."""
         return tree_map(_to_meta, self.args)
 
 

@@ -67,6 +67,8 @@ def relativistic(ours: Tensor, theirs: Tensor) -> Tensor:
 
 
 class AdversarialLoss(NamedTuple):
+    """What D and what G minimise; LOSSES has one for each --loss."""
+
     d: Callable[[Tensor, Tensor, float], Tensor]  # of the logits of reals and fakes, and label smoothing
     g: Callable[[Tensor, Tensor | None], Tensor]  # of the logits of fakes, and of reals if relativistic
     smooths: bool = False

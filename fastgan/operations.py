@@ -41,6 +41,7 @@ class Call(NamedTuple):
 
     @property
     def name(self) -> str:
+        """The operation and its shapes."""
         shapes = ["x".join(map(str, a.shape)) for a in self.args[:2] if isinstance(a, Tensor) and a.ndim > 1]
         rates = [f"up{self.args[4]}down{self.args[5]}"] if self.op.name == "modulated_conv2d" else []
         rates += [f"up{self.args[3]}down{self.args[4]}"] if self.op.name == "conv2d_resample" else []

@@ -27,6 +27,7 @@ def start(config: Config) -> subprocess.Popen | None:
 
 
 def main() -> None:
+    """The process that `start` starts."""
     config = Config(**json.loads(sys.argv[1]))
     engine = Engine(config, torch.device(config.device))
     assert engine.g.compiled is not None

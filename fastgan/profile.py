@@ -34,6 +34,7 @@ OUT_OF_STEAM = 1.02  # a doubled batch that gains less than this ends a sweep
 
 
 def parser() -> cli.Parser:
+    """The command's options."""
     p = cli.Parser(prog="fastgan profile", description="Measure a training step on this device.")
     p.add_argument("--seconds", type=float, default=3.0, help="time to measure each phase for (default: 3)")
     p.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace of a step with penalties")
@@ -47,6 +48,7 @@ def parser() -> cli.Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
     return cli.run(_main, argv)
 
 

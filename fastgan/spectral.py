@@ -33,6 +33,7 @@ class SpectralNorm(nn.Module):
         self.register_buffer("u", F.normalize(u, dim=0))
 
     def forward(self, weight: Tensor) -> Tensor:
+        """weight / sigma, one power iteration on in training."""
         w = weight.transpose(0, self.dim)
         if w.ndim == 4 and not w.is_contiguous():
             w = w.permute(0, 2, 3, 1)  # v's order is no matter, and of channels_last weights this is a view
@@ -65,6 +66,7 @@ def add_spectral_norm(net: nn.Module) -> None:
 
 
 def spectral_linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
+    """An orthogonally initialised linear layer under spectral norm."""
     linear = nn.Linear(in_features, out_features, bias)
     nn.init.orthogonal_(linear.weight)
     if bias:
@@ -98,6 +100,7 @@ class SpectralConv2d(nn.Conv2d):
         spectral_norm(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, Cin, H, W] -> [N, Cout, up H / down, up W / down]."""
         w = self.weight
         if not self.pointwise and (self.up > 1 or self.down > 1):
             w = F.pad(w, (1, 1, 1, 1))
@@ -137,6 +140,7 @@ class SelfAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros([]))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same shape."""
         query = self.theta(x).flatten(2).transpose(1, 2)  # [N, HW, C / 8]
         key = F.max_pool2d(self.phi(x), 2).flatten(2)  # [N, C / 8, HW / 4]
         value = F.max_pool2d(self.g(x), 2).flatten(2).transpose(1, 2)  # [N, HW / 4, C / 2]
@@ -154,6 +158,7 @@ class Embedding(nn.Embedding):
         nn.init.zeros_(self.weight)
 
     def forward(self, c: Tensor) -> Tensor:
+        """One-hot labels [N, c_dim] -> [N, dims]."""
         w = self.weight
         return c.to(w.dtype) @ w
 
@@ -179,6 +184,7 @@ class ConditionalBatchNorm2d(nn.BatchNorm2d):
             self.gain, self.shift = condition(channels), condition(channels)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """x [N, C, H, W], y [N, dims] -> activated, upsampled."""
         assert self.num_batches_tracked is not None and self.momentum is not None
         if self.training:
             self.num_batches_tracked.add_(1)
@@ -200,6 +206,7 @@ class UpBlock(nn.Module):
         self.conv_sc = SpectralConv2d(in_channels, out_channels, 1, up=2)
 
     def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """x [N, Cin, H, W], y [N, dims] for the norms -> [N, Cout, 2H, 2W]."""
         h = self.conv1(self.bn1(x, y))
         return self.conv2(self.bn2(h, y)) + self.conv_sc(x)
 
@@ -217,6 +224,7 @@ class DownBlock(nn.Module):
         self.conv_sc = None if plain else SpectralConv2d(in_channels, out_channels, 1, down=down)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, Cin, H, W] -> [N, Cout, H, W] or half of it."""
         h = self.conv2(self.conv1(x if self.first else F.relu(x)))
         return h + (x if self.conv_sc is None else self.conv_sc(x))
 
@@ -310,6 +318,7 @@ class ProjectionDiscriminator(nn.Module):
         return F.relu(x).sum(dim=(2, 3), dtype=img.dtype)
 
     def head(self, features: Tensor, c: Tensor | None = None) -> Tensor:
+        """Logits [N, 1] of what `features` returns."""
         logits = self.linear(features)
         if self.embed is None:
             return logits
@@ -317,4 +326,5 @@ class ProjectionDiscriminator(nn.Module):
         return logits + (v * features).sum(dim=1, keepdim=True)
 
     def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
+        """Logits [N, 1] of images [N, C, R, R] and one-hot labels c [N, c_dim]."""
         return self.head(self.features(img), c)

@@ -33,6 +33,8 @@ from fastgan.models import Discriminator, Generator
 
 
 class PhaseResult(NamedTuple):
+    """What a phase returns."""
+
     losses: dict[str, Tensor]  # scalars, for the log
     grads: list[Tensor]  # of the trained network's parameters, in their order
 

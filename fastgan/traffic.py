@@ -32,6 +32,8 @@ READ_TWICE = {"native_batch_norm", "native_batch_norm_backward"}
 
 
 class Traffic(NamedTuple):
+    """Kernels of a phase, and what they move through memory."""
+
     products: int  # launches of convolutions and matrix products
     launches: int  # of all other kernels
     bytes: int  # that those others read and write
@@ -122,6 +124,7 @@ def _footprint(t: Tensor) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
     return cli.run(_main, argv)
 
 

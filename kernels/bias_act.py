@@ -540,6 +540,7 @@ _bias_act_backward.register_autograd(_double_backward, setup_context=_setup_back
 def bias_act_ref(
     x: Tensor, b: Tensor | None, dim: int, act: str, alpha: float, gain: float, clamp: float | None
 ):
+    """The reference of `bias_act`."""
     if b is not None:
         x = x + b.to(x.dtype).reshape([-1 if i == dim else 1 for i in range(x.ndim)])
     x = _activate(x, act, alpha)

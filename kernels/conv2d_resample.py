@@ -61,6 +61,7 @@ def fir_ref(
     flip_filter: bool = False,
     gain: float = 1,
 ) -> Tensor:
+    """upfirdn2d's reference with the same factor and padding for both axes."""
     return upfirdn2d_ref(x, f, (up, up), (down, down), parse_padding(padding), flip_filter, gain)
 
 
@@ -148,6 +149,7 @@ def combined_filter(
 
 
 def gemm_fits(x: Tensor, w: Tensor, f: Tensor | None, up: int, groups: int) -> bool:
+    """Whether the implicit-GEMM kernel takes this convolution."""
     taps = max(w.shape[2:]) + (max(filter_size(f)) - 1 if up > 1 else 0)
     return groups == 1 and taps <= MAX_TAPS and not (x.is_cuda and x.dtype == torch.float64)
 
@@ -225,6 +227,7 @@ def _library(
 def conv2d_resample_ref(
     x, w, f, up, down, padding, groups, flip_weight, flip_filter, bias, act, alpha, gain, clamp
 ) -> Tensor:
+    """The reference of `conv2d_resample`."""
     x = library_resample(x, w, f, up, down, padding, groups, flip_weight, flip_filter, fir_ref)
     return bias_act_ref(x, bias, 1, act, alpha, gain, clamp)
 

@@ -768,5 +768,6 @@ def conv_builds(label: str, dtype: str, absent: Sequence[str], activate: bool, *
 
 
 def weight_builds(label: str, dtype: str, absent: Sequence[str] = ()) -> list[Build]:
+    """What `OFFLINE` lists of the weight gradient's kernel."""
     flags = {"KH": 3, "KW": 3, "DOWN": 1, "FLIP": False}
     return _builds(label, _weight_kernel, WEIGHT_CONFIGS, dtype, absent, **flags)

@@ -357,6 +357,7 @@ def conv_bn_act_ref(
     slope,
     transposed,
 ) -> Tensor:
+    """The reference of `conv2d_bn_act` and `conv_transpose2d_bn_act`."""
     c = _convolution(x, weight, bias, stride, padding, output_padding, transposed)
     if c.numel():
         c = F.batch_norm(c, running_mean, running_var, gamma, beta, training, momentum, eps)

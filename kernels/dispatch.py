@@ -115,6 +115,7 @@ _remembered: dict[Path, dict[str, Any]] = {}
 
 
 def recall(device: torch.device, key: str) -> Any:
+    """What is remembered of `key` on this device; None if nothing is."""
     file = cache_file(device)
     if file not in _remembered:
         _remembered[file] = {}
@@ -131,6 +132,7 @@ def recall(device: torch.device, key: str) -> Any:
 
 
 def remember(device: torch.device, key: str, value: Any) -> None:
+    """Keep `value` for `key`, here and on disk."""
     file = cache_file(device)
     recall(device, key)
     _remembered[file][key] = value
@@ -287,6 +289,7 @@ class Op:
 
     @property
     def preferred(self) -> str:
+        """The candidate that runs where nothing has been measured."""
         return next(name for name in self.candidates if name != "reference")
 
     def forced(self, impl: str | None, device: torch.device) -> str | None:

@@ -29,6 +29,7 @@ def turned(w: Tensor, groups: int) -> Tensor:
 
 
 def grouped_conv2d_ref(x: Tensor, w: Tensor, groups: int) -> Tensor:
+    """The reference of `grouped_conv2d`."""
     return F.conv2d(x, w, padding=w.shape[-1] // 2, groups=groups)
 
 

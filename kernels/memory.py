@@ -12,6 +12,7 @@ FLAT_CONFIGS = ((2048, 4), (1024, 2))  # offsets a program, warps: two 128-bit l
 
 
 def is_channels_last(x: Tensor) -> bool:
+    """Whether x [N, C, H, W] lies in memory as [N, H, W, C], and only so."""
     return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -283,6 +283,7 @@ _minibatch_stddev_backward.register_autograd(_double_backward, setup_context=_se
 
 
 def minibatch_stddev_ref(x: Tensor, group_size: int, num_channels: int) -> Tensor:
+    """The reference of `minibatch_stddev`."""
     c, h, w = x.shape[1:]
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     y = y.reshape(group_size, -1, num_channels, c // num_channels, h, w)

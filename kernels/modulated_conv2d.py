@@ -71,6 +71,7 @@ def _scale_conv_scale(
 def modulated_conv2d_ref(
     x, weight, styles, noise, up, down, padding, f, demodulate, bias, act, alpha, gain, clamp
 ) -> Tensor:
+    """The reference of `modulated_conv2d`."""
     x = _scale_conv_scale(x, weight, styles, noise, up, down, padding, f, demodulate, fir_ref)
     return bias_act_ref(x, bias, 1, act, alpha, gain, clamp)
 

@@ -911,6 +911,7 @@ _pixel_norm_backward.register_autograd(
 
 
 def pixel_norm_ref(x: Tensor, eps: float) -> Tensor:
+    """The reference of `pixel_norm`."""
     wide = x.to(_wide(x))
     return (wide * (wide.square().mean(dim=1, keepdim=True) + eps).rsqrt()).to(x.dtype)
 

@@ -55,6 +55,8 @@ TENSOR = re.compile(r"(?:tensor<([\dx]+)x)?!tt\.ptr<\w*?(\d+)(?:,[^>]*)?>")
 
 @dataclasses.dataclass
 class Result:
+    """What one kernel in one configuration became on one GPU."""
+
     op: str
     name: str
     arch: str
@@ -71,6 +73,7 @@ class Result:
 
     @property
     def good(self) -> bool:
+        """Compiled, without spills, within the limit of shared memory."""
         return not (self.error or self.spills or self.shared > self.shared_limit)
 
 
@@ -150,6 +153,7 @@ def _bytes(ttir: str) -> int:
 
 
 def measure(op: str, build: Build, arch: str) -> Result:
+    """Compile `build` for `arch` and read the machine code."""
     result = Result(op, build.name, arch, shared_limit=SHARED_LIMIT[arch], least_bytes=build.least)
     try:
         compiled = _compile(build, arch)
@@ -183,6 +187,7 @@ def report(archs: list[str], ops: list[str], jobs: int = 1) -> list[Result]:
 
 
 def table(results: list[Result]) -> str:
+    """The results, a line each."""
     width = max([len(r.name) for r in results], default=4)
     lines = [
         f"{'kernel':{width}} arch    regs  stack  shared/limit  128-bit/loads matrix  bytes/result (least)"
@@ -200,9 +205,10 @@ def table(results: list[Result]) -> str:
 
 
 def main() -> int:
+    """The command; returns its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m fastgan.kernels.offline", description=__doc__.split("\n")[0]
-    )  # type: ignore[union-attr]
+        prog="python -m fastgan.kernels.offline", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--arch", nargs="+", choices=[*SHARED_LIMIT], default=[*SHARED_LIMIT], metavar="ARCH")
     parser.add_argument("--op", nargs="+", choices=OPS, default=[*OPS], metavar="OP")
     parser.add_argument("--json", action="store_true", help="one JSON array instead of the table")

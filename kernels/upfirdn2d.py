@@ -90,6 +90,7 @@ def upfirdn2d_ref(
     flip_filter: bool,
     gain: float,
 ) -> Tensor:
+    """The reference of `upfirdn2d`."""
     n, c, h, w = x.shape
     (up_x, up_y), (down_x, down_y), (x0, x1, y0, y1) = up, down, padding
     if up != (1, 1):

@@ -37,7 +37,8 @@ def test_the_second_load_maps_the_cache(data: Path, cache_folder: Path, monkeypa
     monkeypatch.setattr(folder, "decode", never)
     second = load_images("data", 16)
     assert torch.equal(first.images, second.images)
-    assert torch.equal(first.labels, second.labels) and first.classes == second.classes  # pyright: ignore
+    assert first.labels is not None and second.labels is not None
+    assert torch.equal(first.labels, second.labels) and first.classes == second.classes
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="asks Linux what is in memory")

@@ -57,7 +57,7 @@ class OneDevice(TorchDispatchMode):
         self.device = device
         self.shapes: list[tuple[str, list[torch.Size]]] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         self.check(func, args, kwargs)
         if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_):

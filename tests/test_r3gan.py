@@ -147,7 +147,7 @@ def test_initial_weights_are_the_papers():
     torch.manual_seed(0)
     G, D = r3gan.Generator(width=256, cardinality=32), r3gan.Discriminator(width=256, cardinality=32)
     x = torch.randn(2, 256, 8, 8)
-    block: Any = D.stages[0][0]  # pyright: ignore[reportIndexIssue]
+    block: Any = D.get_submodule("stages.0.0")
     assert torch.equal(block(x), x)
     gain = r3gan.GAIN * 8**-0.25
     assert block.conv1.weight.std().item() == pytest.approx(gain / 256**0.5, rel=0.02)

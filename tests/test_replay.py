@@ -43,7 +43,7 @@ class Tape(TorchDispatchMode):
         self.operations: list[tuple[Callable, tuple, dict, Any, set[int]]] = []
         self.before: list[tuple[Tensor, Tensor]] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         written = [
             tensor
@@ -253,8 +253,8 @@ def test_a_recorded_update_reads_its_rates_anew(monkeypatch: pytest.MonkeyPatch)
         assert all(a.equal(b) for a, b in weights), step
         plain.images += 40 * (step + 1)
         plain._average()
-        assert isinstance(plain.ema_rate, float)
-        replayed.ema_rate.fill_(plain.ema_rate)  # pyright: ignore[reportAttributeAccessIssue]
+        assert isinstance(plain.ema_rate, float) and isinstance(replayed.ema_rate, Tensor)
+        replayed.ema_rate.fill_(plain.ema_rate)
         average()
         for ours, theirs in averages:
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)

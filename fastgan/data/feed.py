@@ -142,6 +142,7 @@ class PairFeed:
         return torch.cat([a, b], dim=1), None
 
     def close(self) -> None:
+        """Stop both threads."""
         self.a.close()
         self.b.close()
 

@@ -71,6 +71,7 @@ class DeepUpBlock(nn.Module):
         self.conv4 = SpectralConv2d(hidden, out_channels, 1)
 
     def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """x [N, Cin, H, W], y [N, dims] for the norms -> [N, Cout, up H, up W]."""
         h = self.conv1(self.bn1(x, y))
         h = self.conv2(self.bn2(h, y))
         h = self.conv3(self.bn3(h, y))
@@ -94,6 +95,7 @@ class DeepDownBlock(nn.Module):
         self.conv_sc = SpectralConv2d(in_channels, more, 1) if more > 0 else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, Cin, H, W] -> [N, Cout, H / down, W / down]."""
         h = self.conv4(self.conv3(self.conv2(self.conv1(F.relu(x)))))
         x = F.avg_pool2d(x, 2) if self.down > 1 else x
         return h + (x if self.conv_sc is None else torch.cat([x, self.conv_sc(x)], dim=1))
@@ -164,6 +166,7 @@ class Generator(ResidualGenerator):
             nn.init.orthogonal_(self.shared.weight)
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
+        """Images [N, C, R, R] of latents z [N, z_dim] and one-hot labels c [N, c_dim]."""
         y: list[Tensor] = []
         if self.c_dim > 0:
             c = require_labels(c, self.c_dim).to(z.dtype)

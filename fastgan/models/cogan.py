@@ -67,6 +67,7 @@ class Generator(nn.Module):
         self.apply(_init)
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
+        """Pairs [N, 2C, R, R] of latents z [N, z_dim]."""
         x = run_layers(self.shared, z[:, :, None, None], self.dtype)
         # Two layers of the same input are one of twice the channels.
         weight = torch.cat([self.a.weight, self.b.weight], dim=1).to(x.dtype)
@@ -130,4 +131,5 @@ class Discriminator(nn.Module):
         return torch.cat([self.out(half) for half in x.chunk(2, dim=1)], dim=1)
 
     def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
+        """Logits [N, 2], one for each half of the pairs img [N, 2C, R, R]."""
         return self.head(self.features(img))

@@ -47,6 +47,7 @@ class Block(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same shape."""
         y = instance_norm_act(weigh(_reflect(x, 1), self.conv0, bias=False), act="relu")
         return x + instance_norm_act(weigh(_reflect(y, 1), self.conv1, bias=False))
 
@@ -68,6 +69,7 @@ class ResNet(nn.Module):
         self.apply(_init)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Images [N, C, R, R] of one domain -> of the other."""
         x = _reflect(images.to(self.dtype or images.dtype), 3)
         x = instance_norm_act(weigh(x, self.stem, bias=False), act="relu")
         for conv in self.down:
@@ -174,6 +176,7 @@ class PatchGAN(nn.Module):
         self.apply(_init)
 
     def features(self, images: Tensor) -> Tensor:
+        """Images [N, C, R, R] -> the maps before the last convolution."""
         x = weigh(images.to(self.dtype or images.dtype), self.stem, bias=False)
         x = bias_act(x, self.stem.bias, act="lrelu", alpha=0.2, gain=1.0)
         for conv in self.convs:
@@ -181,9 +184,11 @@ class PatchGAN(nn.Module):
         return x
 
     def head(self, features: Tensor) -> Tensor:
+        """Those maps -> a logit for each patch [N, 1, H, W]."""
         return weigh(features, self.out).to(self.out.weight.dtype)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Images [N, C, R, R] -> a logit for each patch [N, 1, H, W]."""
         return self.head(self.features(images))
 
 
@@ -230,4 +235,5 @@ class Discriminator(nn.Module):
         return torch.cat([self.a.head(a), self.b.head(b)], dim=1)
 
     def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
+        """Pairs [N, 2C, R, R] -> the logits of both domains' patches."""
         return self.head(self.features(img))

@@ -96,6 +96,7 @@ class Generator(nn.Module):
         self.apply(_init)
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
+        """Images [N, C, R, R] of latents z [N, z_dim] and one-hot labels c [N, c_dim]."""
         *hidden, tanh = self.main
         z = with_labels(z, c, self.c_dim)
         return tanh(run_layers(hidden, z[:, :, None, None], self.dtype).to(z.dtype))
@@ -157,11 +158,13 @@ class Discriminator(nn.Module):
         return run_layers(list(self.main)[:-1], img, self.dtype)
 
     def head(self, features: Tensor, c: Tensor | None = None) -> Tensor:
+        """Logits [N, 1] of what `features` returns."""
         logits = run_layers([self.main[-1]], features, self.dtype).flatten(1)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return project(logits, features, c, self.embed)
 
     def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
+        """Logits [N, 1] of images [N, C, R, R] and one-hot labels c [N, c_dim]."""
         return self.head(self.features(img), c)
 
 

@@ -48,6 +48,7 @@ class Generator(nn.Module):
         self.main = nn.Sequential(*layers, nn.Linear(hidden[-1], channels * resolution**2), nn.Tanh())
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
+        """Images [N, C, R, R] of latents z [N, z_dim] and one-hot labels c [N, c_dim]."""
         *layers, tanh = self.main
         pixels = run_layers(layers, with_labels(z, c, self.c_dim), self.dtype)
         return tanh(pixels.to(z.dtype)).unflatten(1, self.shape)
@@ -92,8 +93,10 @@ class Discriminator(nn.Module):
         return run_layers(list(self.main)[:-1], with_labels(img.flatten(1), c, self.c_dim), self.dtype)
 
     def head(self, features: Tensor, c: Tensor | None = None) -> Tensor:
+        """Logits [N, 1] of what `features` returns."""
         logits = run_layers([self.main[-1]], features, self.dtype)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
+        """Logits [N, 1] of images [N, C, R, R] and one-hot labels c [N, c_dim]."""
         return self.head(self.features(img, c))

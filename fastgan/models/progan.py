@@ -119,6 +119,7 @@ class Generator(_Growing):
         self.torgb = nn.ModuleList(Conv2d(width, channels, 1) for width in widths)
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
+        """Images [N, C, R, R] of latents z [N, z_dim] and one-hot labels c [N, c_dim]."""
         x = pixel_norm(z)
         if self.c_dim > 0:
             if c is None:
@@ -182,9 +183,11 @@ class Discriminator(_Growing):
         return self.b4.features(x.to(precise))
 
     def head(self, features: Tensor, c: Tensor | None = None) -> Tensor:
+        """Logits [N, 1] of what `features` returns."""
         if self.c_dim > 0 and c is None:
             raise ValueError(f"c must be given to a conditional network: labels [N, {self.c_dim}]")
         return self.b4.head(features, c if self.c_dim > 0 else None)
 
     def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
+        """Logits [N, 1] of images [N, C, R, R] and one-hot labels c [N, c_dim]."""
         return self.head(self.features(img), c)

@@ -54,12 +54,15 @@ class Pointwise(nn.Module):
         self.weight = _normal(gain, fan_in, fan_out, fan_in)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps [N, Cin, H, W] -> [N, Cout, H, W]."""
         n, c, h, w = x.shape
         y = x.permute(0, 2, 3, 1).reshape(-1, c) @ self.weight.to(x.dtype).t()
         return y.reshape(n, h, w, -1).permute(0, 3, 1, 2)
 
 
 class GroupedConv2d(nn.Module):
+    """Square convolution in groups, without a bias."""
+
     def __init__(self, channels: int, groups: int, kernel: int, gain: float):
         super().__init__()
         fan_in = channels // groups
@@ -67,6 +70,7 @@ class GroupedConv2d(nn.Module):
         self.weight = _normal(gain, fan_in * kernel**2, channels, fan_in, kernel, kernel)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps [N, Cin, H, W] -> [N, Cout, H, W]."""
         return grouped_conv2d(x, self.weight, self.groups)
 
 
@@ -87,6 +91,7 @@ class Block(nn.Module):
         self.bias2 = nn.Parameter(torch.zeros(inner))
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """[N, C, H, W] -> the same shape; scale multiplies the biases."""
         y = _bias_lrelu(self.conv1(x), self.bias1, scale)
         y = _bias_lrelu(self.conv2(y), self.bias2, scale)
         return x + self.conv3(y)
@@ -102,6 +107,7 @@ class Stage(nn.ModuleList):
     """The residual blocks of one resolution."""
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Block after block; scale multiplies their biases."""
         for block in self:
             x = block(x, scale)
         return x
@@ -165,6 +171,7 @@ class Generator(nn.Module):
         self.register_buffer("resample_filter", setup_filter(BLUR), persistent=False)
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
+        """Images [N, C, R, R] of latents z [N, z_dim] and one-hot labels c [N, c_dim]."""
         _check_labels(c, self.c_dim)
         if c is not None and self.c_dim > 0:
             z = torch.cat([z, F.linear(c, self.embedding)], dim=1)
@@ -233,4 +240,5 @@ class Discriminator(nn.Module):
         return y if c is None or self.c_dim == 0 else (y * F.linear(c, self.embedding)).sum(1, keepdim=True)
 
     def forward(self, img: Tensor, c: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        """Logits [N, 1] of images [N, C, R, R] and labels c [N, c_dim]; `scale` multiplies all biases."""
         return self.head(self.features(img, c, scale), c)

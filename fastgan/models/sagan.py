@@ -51,6 +51,7 @@ class Generator(ResidualGenerator):
         super().__init__(z_dim, c_dim, z_dim, (widths[0], widths[-1]), blocks, channels, dtype)
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
+        """Images [N, C, R, R] of latents z [N, z_dim] and one-hot labels c [N, c_dim]."""
         return self.synthesize(z, itertools.repeat(require_labels(c, self.c_dim) if self.c_dim > 0 else None))
 
 

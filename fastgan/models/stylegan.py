@@ -81,6 +81,7 @@ class ToRGB(nn.Module):
         self.weight_gain = 1 / math.sqrt(in_channels)
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        """x [N, Cin, H, W], w [N, w_dim] -> [N, Cout, H, W]."""
         styles = self.affine(w) * self.weight_gain
         return modulated_conv2d(
             x, self.weight, styles, demodulate=False, bias=self.bias, clamp=self.conv_clamp
@@ -225,6 +226,8 @@ class Generator(StyleGenerator):
 
 
 class DiscriminatorBlock(nn.Module):
+    """One resolution: two layers, the second halving it, and what the architecture adds."""
+
     resample_filter: Tensor
 
     def __init__(
@@ -249,6 +252,7 @@ class DiscriminatorBlock(nn.Module):
             self.skip = Conv2d(mid_channels, out_channels, 1, down=2, bias=False)
 
     def forward(self, x: Tensor | None, img: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x [N, Cin, H, W] and, where it is used, img [N, C, H, W] -> both at half the size."""
         if self.fromrgb is not None and img is not None:
             y = self.fromrgb(img)
             x = y if x is None else x + y
@@ -316,9 +320,11 @@ class Discriminator(nn.Module):
         return self.b4.features(x.to(precise), None if rgb is None else rgb.to(precise))
 
     def head(self, features: Tensor, c: Tensor | None = None) -> Tensor:
+        """Logits [N, 1] of what `features` returns."""
         return self.b4.head(features, self.mapping(None, c) if self.c_dim > 0 else None)
 
     def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
+        """Logits [N, 1] of images [N, C, R, R] and one-hot labels c [N, c_dim]."""
         return self.head(self.features(img), c)
 
 

@@ -84,6 +84,7 @@ class ResidualGenerator(nn.Module):
         _init(self)
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
+        """Images [N, C, R, R] of latents z [N, z_dim] and one-hot labels c [N, c_dim]."""
         x = run_layers([self.input], with_labels(z, c, self.c_dim), self.dtype)
         x = self.blocks(x.unflatten(1, (-1, self.start, self.start)))
         return weigh(normalize(x, self.norm, slope=0.0), self.output).to(z.dtype).tanh()
@@ -105,6 +106,7 @@ class UpBlock(nn.Module):
         self.shortcut = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, Cin, H, W] -> [N, Cout, 2H, 2W]."""
         y = normalize(x, self.norm1, slope=0.0, upsample=2)
         y = run_layers([self.conv1, self.norm2, nn.ReLU(), self.conv2], y, None)
         # A 1x1 convolution of doubled pixels is the doubled 1x1 convolution, at a quarter of the work.
@@ -140,9 +142,11 @@ class ResidualCritic(nn.Module):
         return bias_act(x, act="relu", gain=1.0).to(img.dtype).mean(dim=(2, 3))
 
     def head(self, features: Tensor, c: Tensor | None = None) -> Tensor:
+        """Logits [N, 1] of what `features` returns."""
         return project(weigh(features, self.output), features, c, self.embed)
 
     def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
+        """Logits [N, 1] of images [N, C, R, R] and one-hot labels c [N, c_dim]."""
         return self.head(self.features(img), c)
 
 
@@ -157,6 +161,7 @@ class CriticBlock(nn.Module):
         self.shortcut = nn.Conv2d(fan_in, fan_out, 1) if halve else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, Cin, H, W] -> [N, Cout, H, W] or half of it."""
         y = x if self.first else bias_act(x, act="relu", gain=1.0)
         y = run_layers([self.conv1, nn.ReLU(), self.conv2], y, None)
         if self.halve:
