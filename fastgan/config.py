@@ -472,9 +472,12 @@ def _build(make: Callable[..., Any], config: Config, options: dict[str, Any]) ->
     return make(**(named | options))
 
 
-def resolve_device(config: Config) -> tuple[Config, torch.device]:
-    """`auto` device and precision replaced by what this machine has; UsageError for a CUDA it lacks."""
-    name = config.device
+def resolve_device(config: Config, name: str | None = None) -> tuple[Config, torch.device]:
+    """`auto` device and precision replaced by what this machine has; UsageError for a CUDA it lacks.
+
+    `name` takes the place of the config's device.
+    """
+    name = name or config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -110,7 +110,7 @@ def build(networks: Pretrained, network: str = "generator", device: str | torch.
     state = getattr(networks, network)
     if state is None:
         raise UsageError(f"there is no {network} of --arch {networks.config.arch} in it")
-    config, place_at = resolve_device(dataclasses.replace(networks.config, device=str(device)))
+    config, place_at = resolve_device(networks.config, str(device))
     make = build_generator if network == "generator" else build_discriminator
     options = getattr(networks, f"{network}_options")
     try:
