@@ -115,7 +115,7 @@ def build(networks: Pretrained, network: str = "generator", device: str | torch.
     options = getattr(networks, f"{network}_options")
     try:
         with torch.device("meta"):  # before memory is taken for what may be of another size
-            _check_fit(make(config, **options), state)
+            check_fit(make(config, **options), state)
         with torch.random.fork_rng([]):
             net = make(config, **options)
         net.load_state_dict(state)
@@ -130,7 +130,7 @@ def build(networks: Pretrained, network: str = "generator", device: str | torch.
     return (LoadedTranslator if getattr(net, "translates", False) else LoadedGenerator)(net, config)
 
 
-def _check_fit(net: torch.nn.Module, state: dict[str, Tensor]) -> None:
+def check_fit(net: torch.nn.Module, state: dict[str, Tensor]) -> None:
     """ValueError names the first tensor that is missing, of another shape, or too many."""
     wanted = {name: list(tensor.shape) for name, tensor in net.state_dict().items()}
     for name, shape in wanted.items():

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastgan.checkpoint import write
 from fastgan.config import Config, UsageError, changed_fields, flag
-from fastgan.pretrained import Pretrained, write_own
+from fastgan.pretrained import Pretrained, read_own, write_own
 
 METRICS = "metrics.jsonl"
 LOSS_PREFIXES = ("loss", "r1", "path")
@@ -125,3 +125,14 @@ def save_generator(path: Path, state: dict[str, Tensor], config: Config, images:
     """The EMA generator of an engine's state ("ema.*") as one of our files."""
     weights = {k.removeprefix("ema."): t for k, t in state.items() if k.startswith("ema.")}
     write_own(path, Pretrained(config, weights, None, {}, {}, images))
+
+
+def load_generator(path: Path) -> tuple[dict[str, Tensor], Config]:
+    """(weights, config) of one of our files, or of the run folder that holds one.
+
+    They alone do not make a converted network: `pretrained.load` builds any.
+    """
+    found = read_own(path)
+    if found.generator is None or found.generator_options:
+        raise UsageError(f"{path} holds no generator of a training run")
+    return found.generator, found.config

@@ -26,6 +26,7 @@ from fastgan.checkpoint import checkpoints, load_tensors
 from fastgan.config import PRESETS, Config, UsageError, build_discriminator, build_generator
 from fastgan.data import load_images
 from fastgan.pretrained import Pretrained, read_own, write_own
+from fastgan.run_folder import load_generator
 
 STYLED = ("stylegan", "stylegan1")
 TRANSLATOR = "cyclegan"
@@ -181,6 +182,8 @@ def test_no_picture_depends_on_count_or_batch(arch: str, files: dict[str, Path],
     for name, array in few.items():
         assert np.array_equal(array, many[name][:35]), name
     G = fastgan.load(files[arch], device="cpu")
+    at_once = G(sampling.latents(0, 71, G.z_dim), classes_of(G.config, 71), noise="random", seed=0)
+    np.testing.assert_allclose(many["images"], at_once, rtol=0, atol=1e-5)
     assert np.array_equal(G.sample(3, noise="random"), G.shown(torch.from_numpy(few["images"][:3])))
 
 
@@ -348,7 +351,7 @@ def test_a_data_set_replaces_its_own_files_alone(
     (out / "0").mkdir(parents=True)
     (out / "0" / "mine.png").write_bytes(b"mine")
     assert generate.main([*command, "4"]) == 2
-    assert str(Path("0/mine.png")) in one_line(capsys)
+    assert "0/mine.png" in one_line(capsys)
     (out / "0" / "mine.png").unlink()
     assert generate.main([*command, "4"]) == 0
     capsys.readouterr()
@@ -433,6 +436,8 @@ def test_options_in_the_header_are_honoured(tmp_path: Path):
     assert G.synthesis.b4.conv1.conv_clamp == 0.1
     D = fastgan.load(tmp_path / "skip.safetensors", network="discriminator", device="cpu")
     assert D.net.b8.architecture == "skip"
+    with pytest.raises(UsageError, match=r"skip.safetensors holds no generator of a training run"):
+        load_generator(tmp_path / "skip.safetensors")
     other = dataclasses.replace(networks(config, **options), discriminator_options={})
     write_own(tmp_path / "other.safetensors", other)
     with pytest.raises(UsageError, match=r"discriminator does not fit .*b8.skip.weight is missing"):
@@ -459,6 +464,8 @@ def test_a_run_folder_holds_both_networks(tmp_path: Path):
     assert told.stdout == f"{fastgan.load(folder).sample(2, seed=3).sum()} gan\n", told.stderr
     out = ["--out", str(tmp_path / "out"), "--format", "npz", "--count", "3"]
     assert generate.main(["--run", str(folder), *out]) == 0
+    weights, config = load_generator(folder)
+    assert config == G.config and weights.keys() == G.net.state_dict().keys()
     (folder / "checkpoints").rename(tmp_path / "elsewhere")
     with pytest.raises(UsageError, match="no discriminator"):
         fastgan.load(folder, network="discriminator")
