@@ -234,6 +234,8 @@ def _translating(args: argparse.Namespace, G: LoadedTranslator) -> Job:
                 f"{name} does not apply to --arch {G.config.arch}, which has no latents; it translates"
             )
     to, config = args.to or "b", G.config
+    if getattr(G.net, "a_to_b" if to == "b" else "b_to_a") is None:
+        raise UsageError(f"--to {to}: this network translates the other way alone")
     data = args.translate or (config.data if to == "b" else config.data_b)
     found = load_images(data, config.resolution, config.channels, config.crop)
     count = _count(args.count or (None if args.translate else min(COUNT, len(found))), len(found), data)

@@ -151,6 +151,7 @@ class _Loaded(torch.nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the network is."""
         return next(self.net.parameters()).device
 
     def _tensor(self, x: Any) -> Tensor:
@@ -181,6 +182,7 @@ class LoadedGenerator(_Loaded):
 
     @property
     def z_dim(self) -> int:
+        """Dimensions of the latent."""
         return self.net.z_dim
 
     @property
@@ -274,6 +276,8 @@ class LoadedTranslator(_Loaded):
 
 
 class LoadedDiscriminator(_Loaded):
+    """A trained discriminator; a minibatch standard deviation in it looks at the images given together."""
+
     def forward(self, images: Any, c: Any = None) -> Tensor:
         """Logits of images [N, C, H, W] in -1..1 (pairs [N, 2C, H, W]) with labels c as a generator's."""
         images = self._tensor(images)

@@ -424,6 +424,21 @@ def test_translations(files: dict[str, Path], tmp_path: Path, monkeypatch: pytes
     assert np.array_equal(again.images.permute(0, 2, 3, 1), shown[:, :, 8:])
 
 
+def test_a_translator_of_one_way(
+    files: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    T = fastgan.load(files[TRANSLATOR], device="cpu")
+    T.net.b_to_a = None
+    monkeypatch.setattr(generate, "build", lambda *given: T)
+    command = ["--weights", str(files[TRANSLATOR]), "--count", "2", "--out", str(tmp_path / "out"), "--to"]
+    assert generate.main([*command, "a"]) == 2
+    assert "--to a" in one_line(capsys)
+    assert generate.main([*command, "b"]) == 0
+
+
 def test_options_in_the_header_are_honoured(tmp_path: Path):
     config = tiny_config("stylegan")
     options = {"architecture": "skip", "conv_clamp": 0.1}
