@@ -19,10 +19,15 @@ def side_by_side(images: Tensor) -> np.ndarray:
     return np.concatenate([to_uint8(half) for half in split_pair(images)], axis=2)
 
 
+def quantize(images: Tensor) -> Tensor:
+    """-1..1 [N, C, H, W] -> uint8 [N, H, W, C] on the same device, rounded and clipped."""
+    scaled = (images.detach().float() * 127.5 + 127.5).round().clamp(0, 255)
+    return scaled.permute(0, 2, 3, 1).byte()
+
+
 def to_uint8(images: Tensor) -> np.ndarray:
     """-1..1 [N, C, H, W] -> uint8 [N, H, W, C], rounded and clipped."""
-    scaled = (images.detach().float() * 127.5 + 127.5).round().clamp(0, 255)
-    return scaled.permute(0, 2, 3, 1).byte().cpu().numpy()
+    return quantize(images).cpu().numpy()
 
 
 def save_image(path: Path, image: np.ndarray) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+NETWORKS = ("inception", "classifier", "pixels")  # that give features: see features.py
 BLOCK = 2048  # rows of a distance matrix held at a time
 
 
@@ -24,9 +25,11 @@ class Metric(NamedTuple):
 METRICS = {
     "fid": Metric({"fid": "FID"}, "fid", lower_is_better=True),
     "kid": Metric({"kid": "KID", "kid_std": "KID's deviation over subsets"}, "kid", lower_is_better=True),
-    "is": Metric({"is": "Inception Score", "is_std": "its deviation over splits"}, "is", False),
+    "is": Metric({"is": "Inception Score", "is_std": "Inception Score's deviation over splits"}, "is", False),
     "pr": Metric(
-        {"precision": "precision", "recall": "recall", "f_score": "their harmonic mean"}, "f_score", False
+        {"precision": "precision", "recall": "recall", "f_score": "F score of precision and recall"},
+        "f_score",
+        False,
     ),
     "dc": Metric({"density": "density", "coverage": "coverage"}, "coverage", lower_is_better=False),
     "ppl": Metric({"ppl": "perceptual path length"}, "ppl", lower_is_better=True),
@@ -40,7 +43,7 @@ METRICS = {
 
 
 def parse(names: str) -> tuple[str, ...]:
-    """The names in "fid,kid". ValueError for one that is unknown."""
+    """The names in "fid,kid"; none in "". ValueError for one that is unknown."""
     given = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     for name in given:
         if name not in METRICS:
