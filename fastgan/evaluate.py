@@ -102,6 +102,8 @@ class Evaluator:
             self.metrics = metrics.parse(names)
         except ValueError as error:
             raise UsageError(f"--metrics: {error}") from None
+        if not self.metrics:
+            raise UsageError(f"--metrics names none; there are {', '.join(METRICS)}")
         self._check(network)
 
         translates = getattr(family(config.arch).Generator, "translates", False)
@@ -329,7 +331,11 @@ class Evaluator:
 
     def _generated(self, G: Generator, z: Tensor, c: Tensor | None) -> Tensor:
         images = G(z, c, truncation=self.truncation) if hasattr(G, "mapping") else G(z, c)
-        return split_pair(images)[0] if self.config.domains == 2 else images
+        if self.config.domains == 2:
+            images = split_pair(images)[0]
+        # A network that grows has small images at first; they are judged at the size of the real ones.
+        small = images.shape[-1] < self.config.resolution
+        return F.interpolate(images, size=self.config.resolution) if small else images
 
     def _path_length(self, G: Generator) -> float:
         """Mean squared distance of features, scaled to unit length, along a step of EPSILON from each sample.
@@ -349,8 +355,6 @@ class Evaluator:
             else:
                 both = None if c is None else torch.cat([c, c])
                 images = self._generated(G, torch.cat([z, slerp(z, to, EPSILON)]), both)
-            if images.shape[1] != self.config.channels:
-                images = split_pair(images)[0]
             found = F.normalize(self.network(images.float() * 127.5 + 127.5)[0])
             before, after = found.chunk(2)
             distances.append((before - after).square().sum(dim=1))
