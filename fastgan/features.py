@@ -196,7 +196,7 @@ class Inception(nn.Module):
     """The features (2048) and the logits without biases (1008) that FID, KID and IS are defined by.
 
     Weights come from `file`, torch-fidelity's state dict, which is read as tensors only: nothing else in it
-    is run. Takes uint8 images; gray ones are repeated.
+    is run. Takes uint8 images; gray ones are repeated, transparency is left out.
     """
 
     def __init__(self, file: Path):
@@ -220,7 +220,7 @@ class Inception(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if images.dtype != torch.uint8:
             raise ValueError(f"the Inception network takes uint8 images: got {images.dtype}")
-        return self.net(images.expand(-1, 3, -1, -1))
+        return self.net(images[:, :3].expand(-1, 3, -1, -1))
 
 
 def _torch_fidelity() -> ModuleType:
