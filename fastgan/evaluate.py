@@ -32,6 +32,7 @@ from fastgan.run_folder import load_generator
 
 LEAST = 20  # images: enough for ten splits of the Inception Score and five neighbours
 EPSILON = 1e-4  # length of a path for perceptual path length, as a share of the way between two latents
+UNKNOWN = "unknown"  # the filter of images that came in their size
 STATISTICS = "1"  # raise it when what is cached of the real images changes
 NEED_ALL_FEATURES = {"kid", "pr", "dc"}  # fid needs only their moments
 
@@ -224,7 +225,7 @@ class Evaluator:
     def about(self) -> dict[str, Any]:
         """What every figure depends on."""
         about: dict[str, Any] = {"samples": self.count, "seed": self.seed, "truncation": self.truncation}
-        about |= {"real": self.real.name, "reals": len(self.real), "resize": self.real.filter}
+        about |= {"real": self.real.name, "reals": len(self.real), "resize": self.real.filter or UNKNOWN}
         if self.network:
             about |= {"features": self.network.name, "features_resize": self.network.resize}
             about |= {"checksum": self.network.checksum}
@@ -235,9 +236,8 @@ class Evaluator:
     def told(self, name: str) -> str:
         """The same in words, as far as it concerns the metric `name`."""
         if name == "tstr" and self.held_out:
-            tests = f"{len(self.held_out)} of {self.held_out.name} (resize {self.held_out.filter})"
-            return f"{self.count} samples to learn, {tests} to test"
-        words = f"{self.count} samples, {len(self.real)} of {self.real.name} (resize {self.real.filter})"
+            return f"{self.count} samples to learn, {_described(self.held_out)} to test"
+        words = f"{self.count} samples, {_described(self.real)}"
         if self.network:
             words += f", {self.network.name} {self.network.checksum[:12]} (resize {self.network.resize})"
         return words
@@ -376,6 +376,10 @@ def _in_fp32(G: Generator) -> Generator:
         if isinstance(getattr(module, "dtype", None), torch.dtype):
             module.dtype = torch.float32
     return G
+
+
+def _described(images: ImageSet) -> str:
+    return f"{len(images)} of {images.name} (resize {images.filter or UNKNOWN})"
 
 
 def _moments(state: dict[str, Tensor]) -> Moments:

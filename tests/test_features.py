@@ -35,7 +35,7 @@ def test_the_classifier_learns(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(features, "EPOCHS", 1)
     found, test = network(digits()), digits("digits:test")
     assert test.labels is not None
-    assert features.accuracy(found.net, test.images, test.labels) > 0.95  # type: ignore[arg-type]
+    assert features.accuracy(found.net, test.images, test.labels) > 0.95
     hidden, logits = found(digits().images)
     assert hidden.shape == (1400, 128) and logits is not None and logits.shape == (1400, 10)
     assert hidden.square().mean().sqrt().item() == pytest.approx(1, rel=1e-5)
@@ -135,7 +135,7 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     module = features._torch_fidelity()
 
     class Fresh(module.FeatureExtractorInceptionV3):
-        def load_state_dict(self, state: dict) -> None:  # type: ignore[override]
+        def load_state_dict(self, state: dict) -> None:
             """Keep what the constructor drew."""
 
     nothing = io.BytesIO()
