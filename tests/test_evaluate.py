@@ -375,13 +375,14 @@ def test_judging_changes_nothing_and_resumes_exactly(tmp_path: Path, capsys: pyt
         "metric_kid_std_pixels",
     }
     best = min(judged, key=lambda line: line["metric_fid_pixels"])
-    tensors, header = load_tensors(whole / "best.safetensors")
-    assert header["images"] == best["images"]
-    config = Config(**header["config"])
-    G = build_generator(config)
-    G.load_state_dict(tensors)
-    again = Evaluator.of_run(config, CPU).measure(G.eval())
-    assert again["fid_pixels"] == best["metric_fid_pixels"]
+    assert load_tensors(whole / "best.safetensors")[1]["images"] == best["images"]
+    for name, line in (("best", best), ("generator", judged[-1])):
+        tensors, header = load_tensors(whole / f"{name}.safetensors")
+        config = Config(**header["config"])
+        G = build_generator(config)
+        G.load_state_dict(tensors)
+        again = Evaluator.of_run(config, CPU).measure(G.eval())
+        assert again["fid_pixels"] == line["metric_fid_pixels"]
 
     assert run(parts, 40, *JUDGED) == 0
     assert run(parts, 64, *JUDGED) == 0
