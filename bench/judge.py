@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastgan.data import load_images
 from fastgan.data.digits import stored_digits
+from fastgan.metrics import Moments, frechet
 
 EPOCHS = 60  # of training a classifier
 Reader = Callable[[np.ndarray], Tensor]  # images uint8 [N, H, W, C] -> classes int64 [N]
@@ -96,15 +97,15 @@ def judge(images: np.ndarray) -> dict[str, float]:
         "accepted": (probability >= 0.9).float().mean().item(),
         "entropy": torch.special.entr(shares).sum().item(),
         "spread": spread(small, classes) / spread(*real_digits()),
-        "frechet": frechet(net[:-1](small[:, None]), _real_features(max(images.shape[1], 8))),
+        "frechet": frechet(Moments(net[:-1](small[:, None])), _real_moments(max(images.shape[1], 8))),
     }
 
 
 @lru_cache
 @torch.no_grad()
-def _real_features(side: int) -> Tensor:
+def _real_moments(side: int) -> Moments:
     digits = as_arrays(load_images("digits", side, channels=1).images)
-    return classifier()[:-1](shrink(digits)[:, None])
+    return Moments(classifier()[:-1](shrink(digits)[:, None]))
 
 
 def spread(images: Tensor, classes: Tensor) -> float:
@@ -115,23 +116,6 @@ def spread(images: Tensor, classes: Tensor) -> float:
         pairs = max(len(mine) * (len(mine) - 1), 1)
         means.append(torch.cdist(mine, mine).sum() / pairs)
     return torch.stack(means).mean().item()
-
-
-def frechet(a: Tensor, b: Tensor) -> float:
-    """Frechet distance between the Gaussians fitted to features a [N, F] and b [M, F], in float64.
-
-        |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))
-
-    (Heusel et al. 2017, arXiv 1706.08500, equation 6). The trace of the root is the sum of the roots of
-    S_a S_b's eigenvalues, which are those of S_a^(1/2) S_b S_a^(1/2): symmetric, so real and not negative.
-    """
-    a, b = a.double(), b.double()
-    cov_a, cov_b = a.T.cov(), b.T.cov()
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    trace_of_root = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    means = (a.mean(dim=0) - b.mean(dim=0)).square().sum()
-    return (means + cov_a.trace() + cov_b.trace() - 2 * trace_of_root).item()
 
 
 def asked_class(images: np.ndarray, asked: Tensor) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastgan import metrics as scores
 from fastgan.augment import make_augment
 from fastgan.losses import LOSSES
 from fastgan.models import Discriminator, Generator, family
@@ -121,6 +122,15 @@ class Config:
     tick_kimg: float = _option(4.0, "a log line and sample grid every so many thousand images", mutable=True)
     checkpoint_kimg: float = _option(16.0, "a checkpoint every so many thousand images", mutable=True)
     keep: int = _option(2, "checkpoints kept", mutable=True)
+    metrics: str = _option(
+        "",
+        "any of fid,kid,is,pr,dc,ppl,tstr, of the averaged generator; the first picks the best snapshot",
+        mutable=True,
+    )
+    eval_every: int = _option(5, "judge every so many ticks; 0: never", mutable=True)
+    eval_count: int = _option(5000, "generated images to judge")
+    eval_features: str = _option("classifier", "feature network of --metrics", choices=scores.NETWORKS)
+    test_data: str = _option("", "of --metrics tstr: real images that training does not see", mutable=True)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -164,6 +174,17 @@ class Config:
             raise UsageError(f"--data-b does not apply to --arch {self.arch}, which knows one domain")
         if self.cond and "c_dim" not in network_options(self.arch):
             raise UsageError(f"--cond does not apply to --arch {self.arch}, which takes no classes")
+        try:
+            scores.parse(self.metrics)
+        except ValueError as error:
+            raise UsageError(f"--metrics: {error}") from None
+        if self.eval_every < 0:
+            raise UsageError(f"--eval-every must be at least 0: got {self.eval_every}")
+        if self.metrics and self.eval_every * self.tick_kimg > self.kimg:
+            raise UsageError(
+                f"--eval-every {self.eval_every} ticks of {self.tick_kimg:g} kimg are more than --kimg "
+                f"{self.kimg:g}, so that nothing would be judged; use a smaller --eval-every or --tick-kimg"
+            )
         try:
             with torch.device("meta"):
                 build_networks(self)

@@ -6,11 +6,13 @@ samples/  reals.png    grids of fixed latents, a grid of the data
 losses.png             the losses over the images seen
 checkpoints/           what resuming needs
 generator.safetensors  EMA weights with the config in the header: what generating needs
+best.safetensors       with --metrics, the same of the snapshot that the first of them found best
 """
 
 import dataclasses
 import fcntl
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from fastgan.config import Config, UsageError, changed_fields, flag
 from fastgan.pretrained import Pretrained, read_own, write_own
 
 METRICS = "metrics.jsonl"
+BEST = "best.safetensors"
+Figures = dict[str, float]
 LOSS_PREFIXES = ("loss", "r1", "path")
 
 
@@ -89,6 +93,15 @@ class RunFolder:
     def read_log(self) -> list[dict[str, Any]]:
         file = self.path / METRICS
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def best(self, better: Callable[[Figures, Figures | None], bool]) -> Figures | None:
+        """Of all `metric_` figures in the log those that are `better` than the others, None without any."""
+        best = None
+        for line in self.read_log() if (self.path / BEST).exists() else ():
+            figures = {k.removeprefix("metric_"): v for k, v in line.items() if k.startswith("metric_")}
+            if figures and better(figures, best):
+                best = figures
+        return best
 
     def rewind_log(self, images: int) -> None:
         """Drop what a stopped run logged after its last checkpoint, a half-written line included."""

@@ -20,8 +20,9 @@ from fastgan.checkpoint import load_checkpoint, save_checkpoint
 from fastgan.config import Config, UsageError, make_config, resolve_device
 from fastgan.data import Feed, PairFeed, load_images
 from fastgan.engine import Engine
+from fastgan.evaluate import Evaluator
 from fastgan.images import grid, save_image, side_by_side, to_uint8
-from fastgan.run_folder import RunFolder, new_run_dir, save_generator
+from fastgan.run_folder import BEST, RunFolder, new_run_dir, save_generator
 
 GRID = 64  # images of a sample grid
 
@@ -143,6 +144,7 @@ def open_data(config: Config, device: torch.device) -> tuple[Config, Feed | Pair
 def train(config: Config, device: torch.device, run_dir: Path) -> int:
     """Run or resume `config` in `run_dir`; returns the exit code."""
     config, feed, about = open_data(config, device)
+    judge = Evaluator.of_run(config, device) if config.metrics and config.eval_every > 0 else None
     folder = RunFolder(run_dir, config)
     stop = StopRequest()
     progress = helper = None
@@ -160,7 +162,7 @@ def train(config: Config, device: torch.device, run_dir: Path) -> int:
             progress.say(f"resuming at {engine.images / 1000:.1f} kimg")
         reals = feed.batch(0, min(GRID, feed.count))[0]
         save_image(run_dir / "reals.png", picture(config, reals / 127.5 - 1))
-        return _loop(config, engine, feed, reals, folder, stop, progress)
+        return _loop(config, engine, feed, reals, folder, judge, stop, progress)
     except torch.OutOfMemoryError:
         raise UsageError(out_of_memory(config, device)) from None
     finally:
@@ -180,12 +182,14 @@ def _loop(
     feed: Feed | PairFeed,
     reals: torch.Tensor,
     folder: RunFolder,
+    judge: Evaluator | None,
     stop: StopRequest,
     progress: Progress,
 ) -> int:
     latents = torch.randn(GRID, engine.G.z_dim, generator=torch.Generator().manual_seed(config.seed))
     first, began = engine.images, time.perf_counter()
     tick_first, tick_began, tick_compiling = first, began, 0.0
+    best = folder.best(judge.better) if judge else None
 
     def save() -> None:
         engine.settle()
@@ -210,6 +214,14 @@ def _loop(
                 **losses,
                 "memory_mib": peak_memory_mib(engine.device),
             }
+            if judge and crossed(engine.images, config.step_images, config.tick_kimg * config.eval_every):
+                engine.settle()
+                figures = judge.measure(engine.ema)
+                progress.say(f"{engine.images / 1000:8.1f} kimg  {judge.summary(figures)}")
+                if judge.better(figures, best):
+                    best = figures
+                    save_generator(folder.path / BEST, engine.state(), config, engine.images)
+                line |= {f"metric_{key}": value for key, value in figures.items()}
             folder.log(line)
             progress.tick(line, (config.images - engine.images) / rate, losses)
             name = f"{engine.images:09d}.png"
@@ -236,6 +248,8 @@ def _loop(
             f"{trained / training:.0f} images/s, {1000 * training / trained:.2f} s/kimg"
         )
     print(f"pictures: {folder.path / 'samples'}")
+    if best:
+        print(f"best:     {folder.path / BEST}")
     print(f"more:     python -m fastgan.generate --run {folder.path} --count 100 --out pictures")
     return 0
 

@@ -89,28 +89,6 @@ def test_judge():
     assert zeros["entropy"] < 0.2 and zeros["frechet"] > 50
 
 
-def gaussian(mean: list[float], cov: Tensor, count: int = 50) -> Tensor:
-    """[count, 2] whose mean and covariance are exactly these."""
-    x = torch.randn(count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
-    x = x - x.mean(dim=0)
-    white = x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T
-    return white @ torch.linalg.cholesky(cov).T + torch.tensor(mean, dtype=torch.float64)
-
-
-def test_frechet_distance_of_gaussians():
-    a = torch.tensor([[2.0, 0.6], [0.6, 1.0]], dtype=torch.float64)
-    b = torch.tensor([[0.5, -0.3], [-0.3, 3.0]], dtype=torch.float64)
-    # Of a 2x2 matrix M with positive eigenvalues, tr M^(1/2) = (tr M + 2 (det M)^(1/2))^(1/2).
-    root = ((a @ b).trace() + 2 * (a @ b).det().sqrt()).sqrt()
-    want = (1**2 + 3**2 + a.trace() + b.trace() - 2 * root).item()
-    x, y = gaussian([1, -1], a), gaussian([0, 2], b, count=70)
-    assert judge.frechet(x, y) == pytest.approx(want, rel=1e-12)
-    assert judge.frechet(y, x) == pytest.approx(want, rel=1e-12)
-    assert judge.frechet(x, x) == pytest.approx(0, abs=1e-12)
-    flat = torch.cat([x, torch.zeros(50, 3)], dim=1)  # features that never fire
-    assert judge.frechet(flat, flat + 2) == pytest.approx(5 * 2**2, rel=1e-12)
-
-
 def test_asked_class():
     images, labels = real("test")
     assert judge.asked_class(images, labels) > 0.97

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fastgan.checkpoint import load_tensors, save_tensors
+
 HEADER = 256  # bytes before the first tensor: the length (8, little-endian), then JSON padded with spaces
 
 Pixels = Iterator[np.ndarray | None]  # uint8 [H, W, C] of one listed file after the other; None: left out
@@ -98,3 +100,22 @@ def in_memory(total: int, shape: tuple[int, int, int], pixels: Pixels) -> Stored
             kept[i] = 1
             count += 1
     return torch.from_numpy(kept), torch.from_numpy(images[:count])
+
+
+def remember(what: str, key: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Tensors that take long to make: from the cache if they are there, else made and put there."""
+    path = location(f"{what}-{key}")
+    if os.path.exists(path):
+        try:
+            return load_tensors(path)[0]
+        except (OSError, ValueError) as error:
+            warnings.warn(f"ignored the damaged cache file ({error}); it is made anew", stacklevel=2)
+    tensors = make()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(path, tensors)
+    except OSError as error:
+        warnings.warn(
+            f"no cache at {path.parent} ({error}); set FASTGAN_CACHE to a folder with room", stacklevel=2
+        )
+    return tensors

@@ -91,4 +91,4 @@ def load_digits(data: str, resolution: int, channels: int) -> ImageSet:
     images = (FORMS[form](gray) if form else gray).expand(-1, channels, -1, -1)
     chosen = members(subset)
     rows = images.permute(0, 2, 3, 1)[chosen].contiguous()
-    return ImageSet(rows.permute(0, 3, 1, 2), labels[chosen], tuple("0123456789"), data)
+    return ImageSet(rows.permute(0, 3, 1, 2), labels[chosen], tuple("0123456789"), data, filter="bicubic")

@@ -40,7 +40,7 @@ def load_folder(data: str, resolution: int, channels: int, crop: str, skip_bad: 
         )
     skipped = tuple(path for path, keep in zip(paths, kept.tolist(), strict=True) if not keep)
     labels = labels[kept.bool()] if classes else None
-    return ImageSet(images.permute(0, 3, 1, 2), labels, classes, data, skipped)
+    return ImageSet(images.permute(0, 3, 1, 2), labels, classes, data, skipped, "lanczos")
 
 
 def find_images(data: str) -> list[str]:

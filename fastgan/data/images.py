@@ -14,6 +14,7 @@ class ImageSet:
     classes: tuple[str, ...]  # names of the classes; () without labels
     name: str  # "digits" or the folder's path as given
     skipped: tuple[str, ...] = ()  # files left out by skip_bad
+    filter: str = ""  # that the images were resized with; "" if that is not known
 
     def __len__(self) -> int:
         return self.images.shape[0]
