@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from fastgan import cli
+from fastgan import cli, explore
 from fastgan.config import Config, UsageError, build_generator, resolve_device
 from fastgan.data import ImageSet, load_images
 from fastgan.engine import keep_freed_memory, one_hot, place
 from fastgan.images import grid, save_image, side_by_side, to_uint8
+from fastgan.latent import latents
 from fastgan.models import Generator
 from fastgan.run_folder import load_generator
 
@@ -39,21 +39,8 @@ def parser() -> cli.Parser:
     p.add_argument("--to", choices=("a", "b"), default="b", help="of CycleGAN: domain to translate to")
     p.add_argument("--batch", type=int, default=64, help="images computed at a time (default: 64)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    explore.add_flags(p)
     return p
-
-
-def latents(seed: int, count: int, z_dim: int, bound: float | None = None) -> Tensor:
-    """float32 [count, z_dim], the i-th a function of (seed, i) alone.
-
-    `bound` redraws every number beyond it, the truncation trick on z (Brock et al. 2018, section 3.1).
-    """
-    z = np.empty((count, z_dim), np.float32)
-    for i in range(count):
-        rng = np.random.default_rng([seed, i])
-        z[i] = rng.standard_normal(z_dim, np.float32)
-        while bound is not None and (far := np.abs(z[i]) > bound).any():
-            z[i, far] = rng.standard_normal(int(far.sum()), np.float32)
-    return torch.from_numpy(z)
 
 
 @torch.inference_mode()
@@ -119,12 +106,16 @@ def _main(argv: Sequence[str] | None) -> int:
         raise UsageError(
             f"{args.run} does not fit its own config: {str(error).splitlines()[-1].strip()}"
         ) from None
+    explore.check(args, config, G)
     place(G.eval(), device)
     keep_freed_memory(device)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {args.out} cannot be written: {error.strerror}") from None
+    if (said := explore.run(G, config, args)) is not None:
+        print(said)
+        return 0
     if getattr(G, "translates", False):
         name = args.translate or (config.data if args.to == "b" else config.data_b)
         found = load_images(name, config.resolution, config.channels, config.crop)
