@@ -17,16 +17,15 @@ from PIL import Image
 from torch import Tensor
 
 from fastgan import cli
-from fastgan.checkpoint import load_checkpoint, load_tensors, save_tensors
-from fastgan.config import Config, UsageError, build_networks, flag
+from fastgan.checkpoint import load_tensors, save_tensors
+from fastgan.config import Config, UsageError, flag
 from fastgan.data.decode import decode
-from fastgan.engine import one_hot, place
+from fastgan.engine import one_hot
 from fastgan.equalized import StyleGenerator
 from fastgan.images import save_image, sheet, to_uint8
 from fastgan.latent import (
     bend,
     find_directions,
-    latents,
     mix,
     once,
     pictures,
@@ -35,8 +34,9 @@ from fastgan.latent import (
     slerp,
     ways,
 )
-from fastgan.models import Discriminator, Generator
-from fastgan.projection import project
+from fastgan.models import Generator
+from fastgan.projection import load_discriminator, project
+from fastgan.sampling import latents
 
 STRENGTHS = (-3, -2, -1, 0, 1, 2, 3)  # standard deviations
 STYLES = {"coarse": (4, 8), "middle": (16, 32), "fine": (64, math.inf)}  # pixels; Karras 2018, figure 3
@@ -60,7 +60,8 @@ def add_flags(p: cli.Parser) -> None:
     group = p.add_argument_group(
         "the latent space",
         "SEEDS are 1,5,9 or 3-6; 5 stands for the first picture of --seed 5, 5:17 for its picture 17, and "
-        "FILE.safetensors for what --project has found. Conditional runs need a --class.",
+        "FILE.safetensors for what --project has found. Conditional runs need a --class. Sheets and movies "
+        "go to --out; --count and --format are for plain pictures.",
     )
     modes, add = group.add_mutually_exclusive_group(), group.add_argument
     modes.add_argument(
@@ -112,7 +113,7 @@ def add_flags(p: cli.Parser) -> None:
 def mode(args: argparse.Namespace) -> str | None:
     """Which of the latent space's modes is asked for."""
     names = ("interpolate", "mix", "directions", "direction", "project")
-    return next((name for name in names if getattr(args, name) not in (None, False)), None)
+    return next((n for n in names if getattr(args, n) is not None and getattr(args, n) is not False), None)
 
 
 def check(args: argparse.Namespace, config: Config, G: Generator) -> None:
@@ -129,8 +130,6 @@ def check(args: argparse.Namespace, config: Config, G: Generator) -> None:
         raise UsageError(f"{flag(asked)}: {arch} translates images and has no latent space; see --translate")
     if (args.mix or args.layers is not None) and not styled:
         raise UsageError(f"{'--mix' if args.mix else '--mix-layers'} needs styles, which {arch} has not")
-    if args.directions_method == "pca" and not styled:
-        raise UsageError(f"--directions-method pca needs a StyleGAN's w, which {arch} has not; use sefa")
     if args.project and config.domains == 2:
         raise UsageError(f"--project does not apply to {arch}, whose pictures are pairs")
     if config.cond and args.label is None:
@@ -347,7 +346,7 @@ def _project(G: Generator, config: Config, args: argparse.Namespace, c: Tensor |
     D = load_discriminator(args.run, config, device) if args.features != "pixels" else None
     if D is None and args.features == "discriminator":
         raise UsageError(f"--features discriminator: {args.run} has no checkpoint; use --features pixels")
-    target = torch.from_numpy(pixels).to(device).permute(2, 0, 1)[None] / 127.5 - 1
+    target = torch.tensor(pixels, device=device).permute(2, 0, 1)[None] / 127.5 - 1
     if hasattr(G, "match_reals"):
         target = G.match_reals(target)
     found = project(G, target, c, D, args.steps or 1000, args.seed)
@@ -360,20 +359,6 @@ def _project(G: Generator, config: Config, args: argparse.Namespace, c: Tensor |
     before, after = (F.mse_loss(x, target).sqrt().item() for x in (found.start, found.result))
     by = "pixels alone" if D is None else "pixels and the discriminator's features"
     return f"{kind} found by {by}, pixels off by {before:.3f} before and {after:.3f} after: {path}"
-
-
-def load_discriminator(run: Path, config: Config, device: torch.device) -> Discriminator | None:
-    """D of the newest checkpoint in the folder of a run, frozen, in eval mode; None if there is none."""
-    try:
-        found = load_checkpoint(run / "checkpoints") if run.is_dir() else None
-    except ValueError as error:
-        raise UsageError(f"{error}; use --features pixels") from None
-    if found is None:
-        return None
-    D = build_networks(config)[1]
-    D.load_state_dict({k.removeprefix("D."): t for k, t in found[0].items() if k.startswith("D.")})
-    place(D.eval().requires_grad_(False), device)
-    return D
 
 
 def save_movie(path: Path, frames: np.ndarray, fps: int) -> None:

@@ -13,9 +13,9 @@ from fastgan.config import Config, UsageError, build_generator, resolve_device
 from fastgan.data import ImageSet, load_images
 from fastgan.engine import keep_freed_memory, one_hot, place
 from fastgan.images import grid, save_image, side_by_side, to_uint8
-from fastgan.latent import latents
 from fastgan.models import Generator
 from fastgan.run_folder import load_generator
+from fastgan.sampling import latents
 
 
 def parser() -> cli.Parser:

@@ -20,20 +20,6 @@ from fastgan.models import Generator, stylegan
 SAMPLES = 10_000  # of w, for its mean and principal components
 
 
-def latents(seed: int, count: int, z_dim: int, bound: float | None = None, first: int = 0) -> Tensor:
-    """float32 [count, z_dim], the i-th a function of (seed, first + i) alone.
-
-    `bound` redraws every number beyond it, the truncation trick on z (Brock et al. 2018, section 3.1).
-    """
-    z = np.empty((count, z_dim), np.float32)
-    for i in range(count):
-        rng = np.random.default_rng([seed, first + i])
-        z[i] = rng.standard_normal(z_dim, np.float32)
-        while bound is not None and (far := np.abs(z[i]) > bound).any():
-            z[i, far] = rng.standard_normal(int(far.sum()), np.float32)
-    return torch.from_numpy(z)
-
-
 @torch.no_grad()
 def points(G: Generator, z: Tensor, c: Tensor | None, truncation: float) -> Tensor:
     """ws [N, num_ws, w_dim] of z [N, z_dim], or z itself where there is no w."""
@@ -115,7 +101,7 @@ def semantic_directions(weight: Tensor, count: int, w: Tensor | None = None) -> 
 
     Scales are the deviations of `w` [N, D] along them; 1 without, as those of a normal z are.
     """
-    weight = weight.double()
+    weight = weight.detach().double()
     values, vectors = torch.linalg.eigh(weight.t() @ weight)
     vectors, _ = _largest(values, vectors, count)
     if w is None:
@@ -149,10 +135,8 @@ def first_layer(G: Generator) -> Tensor:
 def style_layers(G: StyleGenerator, layers: Sequence[int]) -> Tensor:
     """[features, w_dim]: the affine maps of w of those `layers`, one below the other."""
     owners: list[tuple[int, FullyConnected]] = []
-    if isinstance(
-        G.synthesis, stylegan.Synthesis
-    ):  # an output and the next resolution's first layer share a w
-        first = 0
+    if isinstance(G.synthesis, stylegan.Synthesis):
+        first = 0  # an output and the next resolution's first layer share a w
         for block in (getattr(G.synthesis, f"b{side}") for side in G.synthesis.resolutions):
             readers = [m for m in (*([] if block.is_first else [block.conv0]), block.conv1, block.torgb) if m]
             owners += [(first + i, reader.affine) for i, reader in enumerate(readers)]
@@ -171,22 +155,30 @@ def sample_w(G: StyleGenerator, c: Tensor | None, count: int = SAMPLES) -> Tenso
 
 
 def find_directions(
-    G: Generator, count: int, method: str, c: Tensor | None, layers: Sequence[int] = ()
+    G: Generator, count: int, method: str, c: Tensor | None = None, layers: Sequence[int] = ()
 ) -> Directions:
-    """By "pca" of w, or by "sefa": of a StyleGAN's style `layers`, or of how another family reads z."""
-    w = sample_w(G, c) if isinstance(G, StyleGenerator) else None
-    if method == "pca" and w is None:
-        raise UsageError(
-            "--directions-method pca needs the w of a StyleGAN, as z is the same all around; use sefa"
-        )
-    weight = (first_layer(G) if w is None else style_layers(G, layers)).detach()
-    most = weight.shape[1]
-    if not 1 <= count <= most:
-        raise UsageError(f"this generator has {most} directions, from 0 to {most - 1}: {count} are too many")
-    if w is not None and method == "pca":
-        return principal_directions(w, count)
-    vectors, scales = semantic_directions(weight, count, w)
-    return Directions(F.pad(vectors, (0, 0 if w is not None else G.z_dim - most)), scales)
+    """By "pca" of w, or by "sefa": of a StyleGAN's style `layers`, or of the layer by which others read z.
+
+    UsageError for more than there are, and for pca of z, which is normal in all directions alike.
+    """
+    if isinstance(G, StyleGenerator):
+        w = sample_w(G, c)
+        most = w.shape[1]
+        if 1 <= count <= most:
+            return (
+                principal_directions(w, count)
+                if method == "pca"
+                else semantic_directions(style_layers(G, layers), count, w)
+            )
+    elif method == "pca":
+        raise UsageError("--directions-method pca needs w, which only StyleGANs have; use sefa")
+    else:
+        weight = first_layer(G)
+        most = weight.shape[1]
+        if 1 <= count <= most:
+            vectors, scales = semantic_directions(weight, count)
+            return Directions(F.pad(vectors, (0, G.z_dim - most)), scales)
+    raise UsageError(f"this generator has {most} directions, 0 to {most - 1}; {count} are asked for")
 
 
 def bend(G: Generator, shift: Tensor, layers: Sequence[int]) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -9,14 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastgan.engine import set_rate
+from fastgan.checkpoint import load_checkpoint
+from fastgan.config import Config, UsageError, build_networks
+from fastgan.engine import place, set_rate
 from fastgan.equalized import StyleGenerator, layer_noises
-from fastgan.latent import latents, sample_w
+from fastgan.latent import sample_w
 from fastgan.models import Discriminator, Generator, stylegan
+from fastgan.sampling import latents
 
 LEARNING_RATE, NOISE_WEIGHT = 0.1, 1e5  # Karras et al. 2019, appendix D
 NORM_WEIGHT = 0.1  # of z's distance from the sphere where normal numbers lie
-STARTS = 256  # z that a projection may start from
+STARTS = 64  # z that a projection may start from
 
 
 def noise_regularizer(maps: Sequence[Tensor]) -> Tensor:
@@ -162,3 +166,17 @@ def _nearest(G: Generator, target: Tensor, c: Tensor | None, seed: int) -> Tenso
     z = latents(seed, STARTS, G.z_dim).to(target.device)
     distances = [pixel_distance(G(one, c), target) for one in z.split(1)]
     return z[torch.stack(distances).argmin()][None]
+
+
+def load_discriminator(run: Path, config: Config, device: torch.device) -> Discriminator | None:
+    """D of the newest checkpoint in the folder of a run, frozen, in eval mode; None if there is none."""
+    try:
+        found = load_checkpoint(run / "checkpoints") if run.is_dir() else None
+    except ValueError as error:
+        raise UsageError(f"{error}; use --features pixels") from None
+    if found is None:
+        return None
+    D = build_networks(config)[1]
+    D.load_state_dict({k.removeprefix("D."): t for k, t in found[0].items() if k.startswith("D.")})
+    place(D.eval().requires_grad_(False), device)
+    return D
