@@ -13,13 +13,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from fastgan import cli
 from fastgan.checkpoint import load_tensors, save_tensors
 from fastgan.config import Config, UsageError, flag
-from fastgan.data.decode import decode
+from fastgan.data.decode import read, reason
 from fastgan.engine import one_hot
 from fastgan.equalized import StyleGenerator
 from fastgan.images import save_image, sheet, to_uint8
@@ -340,13 +340,10 @@ def _direction(G: Generator, args: argparse.Namespace, c: Tensor | None) -> tupl
 
 def _project(G: Generator, config: Config, args: argparse.Namespace, c: Tensor | None) -> str:
     device = next(G.parameters()).device
-    if not args.project.is_file():
-        raise UsageError(f"--project {args.project} does not exist; it takes a PNG, JPEG or WebP image")
-    pixels = decode(str(args.project), config.resolution, config.channels, "center", False)
+    target = read_target(args.project, config).to(device)
     D = load_discriminator(args.run, config, device) if args.features != "pixels" else None
     if D is None and args.features == "discriminator":
         raise UsageError(f"--features discriminator: {args.run} has no checkpoint; use --features pixels")
-    target = torch.tensor(pixels, device=device).permute(2, 0, 1)[None] / 127.5 - 1
     if hasattr(G, "match_reals"):
         target = G.match_reals(target)
     found = project(G, target, c, D, args.steps or 1000, args.seed)
@@ -359,6 +356,18 @@ def _project(G: Generator, config: Config, args: argparse.Namespace, c: Tensor |
     before, after = (F.mse_loss(x, target).sqrt().item() for x in (found.start, found.result))
     by = "pixels alone" if D is None else "pixels and the discriminator's features"
     return f"{kind} found by {by}, pixels off by {before:.3f} before and {after:.3f} after: {path}"
+
+
+def read_target(path: Path, config: Config) -> Tensor:
+    """The centre square of an image file at the run's size, -1..1 [1, C, R, R]."""
+    try:
+        image = read(str(path), "L" if config.channels == 1 else "RGB")
+    except Exception as error:  # on damaged bytes Pillow raises OSError, SyntaxError, struct.error, ...
+        takes = "it takes a PNG, JPEG or WebP image"
+        raise UsageError(f"--project {path} cannot be read ({reason(error)}); {takes}") from None
+    side = config.resolution
+    pixels = np.array(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
+    return torch.from_numpy(pixels).reshape(1, side, side, -1).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def save_movie(path: Path, frames: np.ndarray, fps: int) -> None:
@@ -379,18 +388,8 @@ def _save_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
     even = "pad=ceil(iw/2)*2:ceil(ih/2)*2"  # yuv420p, which all players know, has a colour for 2x2 pixels
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         part = Path(folder) / path.name
-        command = [
-            "ffmpeg",
-            "-loglevel",
-            "error",
-            "-f",
-            "rawvideo",
-            "-pix_fmt",
-            layout,
-            "-s",
-            f"{width}x{height}",
-        ]
-        command += ["-r", str(fps), "-i", "-", "-vf", even, "-pix_fmt", "yuv420p", str(part)]
+        given = f"-f rawvideo -pix_fmt {layout} -s {width}x{height} -r {fps} -i -".split()
+        command = ["ffmpeg", "-loglevel", "error", *given, "-vf", even, "-pix_fmt", "yuv420p", str(part)]
         done = subprocess.run(command, input=frames.tobytes(), capture_output=True)
         if done.returncode:
             said = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]

@@ -18,7 +18,7 @@ from fastgan import generate
 from fastgan.checkpoint import load_tensors, save_checkpoint
 from fastgan.config import UsageError, build_generator
 from fastgan.engine import Engine, one_hot
-from fastgan.explore import layer_numbers, save_movie, sources
+from fastgan.explore import layer_numbers, read_target, save_movie, sources
 from fastgan.images import save_image, sheet, to_uint8
 from fastgan.latent import (
     bend,
@@ -123,15 +123,8 @@ def test_mixing_takes_the_named_layers_and_no_others(arch: str):
 
 
 def test_the_table_of_mixed_styles(runs: Path, tmp_path: Path):
-    assert (
-        make(
-            runs / "stylegan",
-            tmp_path,
-            "--mix",
-            *["--rows", "4,9", "--cols", "1-3", "--mix-layers", "1-2", "--zoom", "2"],
-        )
-        == 0
-    )
+    options = ["--rows", "4,9", "--cols", "1-3", "--mix-layers", "1-2", "--zoom", "2"]
+    assert make(runs / "stylegan", tmp_path, "--mix", *options) == 0
     tensors, _ = load_tensors(runs / "stylegan" / "generator.safetensors")
     G = build_generator(tiny_config("stylegan")).eval()
     G.load_state_dict(tensors)
@@ -339,8 +332,10 @@ def test_projecting_a_picture_of_the_generators_own():
 
 def test_projecting_into_z():
     G = generator("wgan", body="mlp")
+    for parameter in G.parameters():
+        parameter.mul_(3)  # pictures of an untrained one are all alike
     target = G(latents(7, 1, G.z_dim))
-    found = project(G, target, steps=150)
+    found = project(G, target, steps=200)
     before, after = distances(found, target)
     assert after < before / 3
     assert found.noise is None
@@ -381,6 +376,16 @@ def test_a_projection_and_what_starts_from_it(runs: Path, tmp_path: Path, capsys
     capsys.readouterr()
     assert make(run, tmp_path / "d", "--interpolate", "slerp", "--seeds", there) == 2
     assert "use lerp" in capsys.readouterr().err
+
+
+def test_a_target_is_the_centre_of_its_image(tmp_path: Path):
+    image = np.zeros((20, 60, 3), np.uint8)
+    image[:, 20:40] = (255, 0, 51)
+    save_image(tmp_path / "wide.png", image)
+    target = read_target(tmp_path / "wide.png", tiny_config("stylegan"))
+    assert target.shape == (1, 3, 8, 8)
+    assert torch.allclose(target, torch.tensor([1, -1, -0.6])[:, None, None])
+    assert read_target(tmp_path / "wide.png", tiny_config("stylegan", channels=1)).shape == (1, 1, 8, 8)
 
 
 def test_the_discriminator_of_a_run(runs: Path):
