@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from fastgan import cli
@@ -365,8 +365,10 @@ def read_target(path: Path, config: Config) -> Tensor:
     except Exception as error:  # on damaged bytes Pillow raises OSError, SyntaxError, struct.error, ...
         takes = "it takes a PNG, JPEG or WebP image"
         raise UsageError(f"--project {path} cannot be read ({reason(error)}); {takes}") from None
-    side = config.resolution
-    pixels = np.array(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
+    short, side = min(image.size), config.resolution
+    left, top = (image.width - short) // 2, (image.height - short) // 2
+    square = image.crop((left, top, left + short, top + short))  # first, or the filter would see beyond it
+    pixels = np.array(square.resize((side, side), Image.Resampling.LANCZOS))
     return torch.from_numpy(pixels).reshape(1, side, side, -1).permute(0, 3, 1, 2) / 127.5 - 1
 
 
