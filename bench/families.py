@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import judge
-from fastgan import train
+from fastgan import pretrained, train
 from fastgan.checkpoint import load_tensors
-from fastgan.config import PRESETS, Config, build_generator, changed_fields, make_config, resolve_device
+from fastgan.config import PRESETS, Config, changed_fields, make_config, resolve_device
 from fastgan.data import load_images
-from fastgan.engine import keep_freed_memory, place
-from fastgan.generate import latents
+from fastgan.engine import keep_freed_memory
 from fastgan.images import to_uint8
-from fastgan.run_folder import METRICS, load_generator
+from fastgan.run_folder import METRICS
+from fastgan.sampling import latents
 
 Figures = dict[str, float]
 
@@ -148,13 +148,9 @@ def pace(folder: Path) -> Figures:
 
 def load(folder: Path) -> tuple[Any, Config]:
     """A run's generator, ready to be used, and its config."""
-    weights, config = load_generator(folder)
-    _, device = resolve_device(config)
-    G = build_generator(config)
-    G.load_state_dict(weights)
-    place(G.eval(), device)
-    keep_freed_memory(device)
-    return G, config
+    loaded = pretrained.load(folder)
+    keep_freed_memory(loaded.device)
+    return loaded.net, loaded.config
 
 
 @torch.inference_mode()

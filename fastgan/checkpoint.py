@@ -2,33 +2,51 @@
 
 import json
 import os
-import tempfile
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 
-def write(path: Path, data: bytes | str) -> None:
-    """`data` at `path`, or nothing: written beside it, synced, then renamed."""
-    data = data.encode() if isinstance(data, str) else data
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+def beside(path: Path) -> Path:
+    """A hidden name in the same folder, that can be renamed to `path`."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
+@contextmanager
+def replacing(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
+    """A file to write to, which becomes `path` when the block ends, or nothing if the block fails.
+
+    Until then it lies beside `path`. `durable` syncs it first, which takes some milliseconds.
+    """
+    partial = beside(path)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
+        with partial.open("xb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(partial, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    if durable:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write(path: Path, data: bytes | str) -> None:
+    """`data` at `path`, or nothing."""
+    with replacing(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: Any) -> None:
@@ -37,12 +55,16 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: Any) -> Non
     write(path, save(tensors, {"fastgan": json.dumps(metadata)}))
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, metadata). ValueError names a file that is damaged."""
+def load_tensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, metadata); `prefix` chooses tensors and goes from their names.
+
+    ValueError names a file that is damaged.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get("fastgan", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata
+            names = [name for name in file.keys() if name.startswith(prefix)]
+            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}, metadata
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no intact safetensors file: {error}") from None
 

@@ -445,27 +445,39 @@ def changed_fields(old: dict[str, Any], new: Config) -> list[str]:
     return [name for name in own if old.get(name) != getattr(new, name)]
 
 
-def build_generator(config: Config) -> Generator:
-    """The generator alone, freshly initialised from torch's global random state."""
-    return _build(family(config.arch).Generator, config)
+def build_generator(config: Config, **options: Any) -> Generator:
+    """The generator alone, freshly initialised from torch's global random state.
+
+    `options` are constructor arguments beside or in place of the configuration's.
+    """
+    return _build(family(config.arch).Generator, config, options)
+
+
+def build_discriminator(config: Config, **options: Any) -> Discriminator:
+    """The same of the discriminator."""
+    D = _build(family(config.arch).Discriminator, config, options)
+    if config.spectral_norm:
+        add_spectral_norm(D)
+    return D
 
 
 def build_networks(config: Config) -> tuple[Generator, Discriminator]:
     """(G, D), freshly initialised from torch's global random state."""
-    G, D = build_generator(config), _build(family(config.arch).Discriminator, config)
-    if config.spectral_norm:
-        add_spectral_norm(D)
-    return G, D
+    return build_generator(config), build_discriminator(config)
 
 
-def _build(make: Callable[..., Any], config: Config) -> Any:
+def _build(make: Callable[..., Any], config: Config, options: dict[str, Any]) -> Any:
     """A network from the options that its parameters name."""
-    return make(**{name: getattr(config, name) for name in _parameters(make) if hasattr(config, name)})
+    named = {name: getattr(config, name) for name in _parameters(make) if hasattr(config, name)}
+    return make(**(named | options))
 
 
-def resolve_device(config: Config) -> tuple[Config, torch.device]:
-    """`auto` device and precision replaced by what this machine has; UsageError for a CUDA it lacks."""
-    name = config.device
+def resolve_device(config: Config, name: str | None = None) -> tuple[Config, torch.device]:
+    """`auto` device and precision replaced by what this machine has; UsageError for a CUDA it lacks.
+
+    `name` takes the place of the config's device.
+    """
+    name = name or config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -125,6 +125,8 @@ def check(args: argparse.Namespace, config: Config, G: Generator) -> None:
             raise UsageError(f"{_shown(name)} applies to {flags} only; add one of them or leave it out")
     if asked is None:
         return
+    if args.to_dataset and asked != "direction":
+        raise UsageError(f"{flag(asked)} writes pictures: give --out, not --to-dataset")
     arch, styled = f"--arch {config.arch}", isinstance(G, StyleGenerator)
     if getattr(G, "translates", False):
         raise UsageError(f"{flag(asked)}: {arch} translates images and has no latent space; see --translate")
@@ -134,6 +136,12 @@ def check(args: argparse.Namespace, config: Config, G: Generator) -> None:
         raise UsageError(f"--project does not apply to {arch}, whose pictures are pairs")
     if config.cond and args.label is None:
         raise UsageError(f"{flag(asked)}: the run is conditional; choose a --class, 0 to {config.c_dim - 1}")
+    if args.label is not None and not 0 <= args.label < G.c_dim:
+        raise UsageError(
+            f"--class does not apply to {arch}"
+            if not G.c_dim
+            else f"--class must lie between 0 and {G.c_dim - 1}: got {args.label}"
+        )
     for name in ("frames", "fps", "steps", "zoom", "directions"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"{flag(name)} must be at least 1: got {getattr(args, name)}")
@@ -153,6 +161,8 @@ def run(G: Generator, config: Config, args: argparse.Namespace) -> str | None:
     c = None
     if config.cond:
         c = one_hot(torch.tensor([args.label], device=next(G.parameters()).device), config.c_dim)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
     makers = {"interpolate": _interpolate, "mix": _mix, "directions": _directions, "project": _project}
     if asked in makers:
         return makers[asked](G, config, args, c)
@@ -341,9 +351,11 @@ def _direction(G: Generator, args: argparse.Namespace, c: Tensor | None) -> tupl
 def _project(G: Generator, config: Config, args: argparse.Namespace, c: Tensor | None) -> str:
     device = next(G.parameters()).device
     target = read_target(args.project, config).to(device)
-    D = load_discriminator(args.run, config, device) if args.features != "pixels" else None
+    D = load_discriminator(args.run or args.weights, config, device) if args.features != "pixels" else None
     if D is None and args.features == "discriminator":
-        raise UsageError(f"--features discriminator: {args.run} has no checkpoint; use --features pixels")
+        raise UsageError(
+            f"--features discriminator: {args.run or args.weights} has no checkpoint; use --features pixels"
+        )
     if hasattr(G, "match_reals"):
         target = G.match_reals(target)
     found = project(G, target, c, D, args.steps or 1000, args.seed)

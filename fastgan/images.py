@@ -3,10 +3,14 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from fastgan.checkpoint import replacing
 
 
 def split_pair(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -15,20 +19,36 @@ def split_pair(images: Tensor) -> tuple[Tensor, Tensor]:
     return a, b
 
 
+def join_pair(images: Tensor) -> Tensor:
+    """Pairs [N, 2C, H, W] -> [N, C, H, 2W], A on the left."""
+    return torch.cat(split_pair(images), dim=3)
+
+
 def side_by_side(images: Tensor) -> np.ndarray:
     """Pairs -1..1 [N, 2C, H, W] -> uint8 [N, H, 2W, C], A on the left."""
-    return np.concatenate([to_uint8(half) for half in split_pair(images)], axis=2)
+    return to_uint8(join_pair(images))
+
+
+def quantize(images: Tensor) -> Tensor:
+    """-1..1 [N, C, H, W] -> uint8 [N, H, W, C] on the same device, rounded and clipped."""
+    scaled = (images.detach().float() * 127.5 + 127.5).round().clamp(0, 255)
+    return scaled.permute(0, 2, 3, 1).byte()
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """-1..1 [N, C, H, W] -> uint8 [N, H, W, C], rounded and clipped."""
-    scaled = (images.detach().float() * 127.5 + 127.5).round().clamp(0, 255)
-    return scaled.permute(0, 2, 3, 1).byte().cpu().numpy()
+    return quantize(images).cpu().numpy()
+
+
+def write_png(file: IO[bytes], image: np.ndarray) -> None:
+    """uint8 [H, W, 1 or 3]."""
+    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(file, "PNG")
 
 
 def save_image(path: Path, image: np.ndarray) -> None:
-    """uint8 [H, W, 1 or 3] to a PNG."""
-    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(path)
+    """uint8 [H, W, 1 or 3] to a PNG, whole or not at all."""
+    with replacing(path, durable=False) as file:
+        write_png(file, image)
 
 
 def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:

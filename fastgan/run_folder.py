@@ -17,8 +17,9 @@ from typing import Any
 import matplotlib.figure
 from torch import Tensor
 
-from fastgan.checkpoint import load_tensors, save_tensors, write
+from fastgan.checkpoint import write
 from fastgan.config import Config, UsageError, changed_fields, flag
+from fastgan.pretrained import Pretrained, read_own, write_own
 
 METRICS = "metrics.jsonl"
 LOSS_PREFIXES = ("loss", "r1", "path")
@@ -121,20 +122,17 @@ class RunFolder:
 
 
 def save_generator(path: Path, state: dict[str, Tensor], config: Config, images: int) -> None:
-    """The EMA generator's tensors ("ema.*" of an engine's state) with the config in the header."""
+    """The EMA generator of an engine's state ("ema.*") as one of our files."""
     weights = {k.removeprefix("ema."): t for k, t in state.items() if k.startswith("ema.")}
-    save_tensors(path, weights, config=dataclasses.asdict(config), images=images)
+    write_own(path, Pretrained(config, weights, None, {}, {}, images))
 
 
 def load_generator(path: Path) -> tuple[dict[str, Tensor], Config]:
-    """(weights, config) of a generator.safetensors, or of the run folder that holds one."""
-    file = path / "generator.safetensors" if path.is_dir() else path
-    if not file.exists():
-        raise UsageError(
-            f"{file} does not exist; --run takes the folder of a run that has saved its generator"
-        )
-    try:
-        tensors, metadata = load_tensors(file)
-        return tensors, Config(**metadata["config"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{file} holds no generator of fastgan: {error}") from None
+    """(weights, config) of one of our files, or of the run folder that holds one.
+
+    They alone do not make a converted network: `pretrained.load` builds any.
+    """
+    found = read_own(path)
+    if found.generator is None or found.generator_options:
+        raise UsageError(f"{path} holds no generator of a training run")
+    return found.generator, found.config

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from fastgan import compiled, generate, precompile, train
+from fastgan import compiled, precompile, train
 from fastgan.checkpoint import checkpoints, load_tensors
 from fastgan.config import PRESETS, Config, UsageError, build_networks, make_config
 from fastgan.engine import Engine
@@ -182,44 +182,6 @@ def test_old_checkpoints_go(tmp_path: Path):
     ]
 
 
-def test_generate(finished: Path, tmp_path: Path):
-    def npz(*more: str) -> np.ndarray:
-        out = tmp_path / "out"
-        command = ["--run", str(finished), "--out", str(out), "--format", "npz", "--device", "cpu", *more]
-        assert generate.main(command) == 0
-        with np.load(out / "seed3.npz") as arrays:
-            return arrays["images"]
-
-    images = npz("--count", "7", "--seed", "3")
-    assert images.dtype == np.uint8
-    assert images.shape == (7, 8, 8, 3)
-    assert np.array_equal(images, npz("--count", "7", "--seed", "3"))
-    longer = npz("--count", "9", "--seed", "3", "--batch", "2").astype(int)
-    assert abs(longer[:7] - images).max() <= 1  # neither the count nor the batch size changes a picture
-    assert not np.array_equal(images, npz("--count", "7", "--seed", "3", "--truncation", "0.5"))
-    assert generate.main(["--run", str(finished), "--count", "5", "--out", str(tmp_path / "png")]) == 0
-    files = sorted((tmp_path / "png").iterdir())
-    assert len(files) == 5
-    with Image.open(files[0]) as image:
-        assert image.size == (8, 8)
-    weights = str(finished / "generator.safetensors")
-    assert (
-        generate.main(["--run", weights, "--count", "6", "--out", str(tmp_path / "g"), "--format", "grid"])
-        == 0
-    )
-    with Image.open(tmp_path / "g" / "seed0.png") as image:
-        assert image.size == (24, 16)
-
-
-def test_truncation_of_z_redraws_what_lies_beyond():
-    z = generate.latents(0, 50, 40)
-    near = generate.latents(0, 50, 40, bound=0.7)
-    assert near.abs().max() <= 0.7
-    kept = z.abs() <= 0.7
-    assert torch.equal(z[kept], near[kept])
-    assert 0.3 < near.std() < 0.45
-
-
 def test_the_console_command(finished: Path, tmp_path: Path):
     command = [
         sys.executable,
@@ -368,21 +330,6 @@ def test_a_run_in_use_is_refused_and_a_dead_one_is_not(tmp_path: Path, capsys: p
         process.kill()
         process.communicate()
     assert run("dcgan", tmp_path / "run", 8) == 0  # SIGKILL left a lock file, but nobody holds it
-
-
-def test_generate_errors(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    capsys.readouterr()
-    for command, words in (
-        (["--run", str(tmp_path / "gone")], ["gone"]),
-        (["--run", str(finished), "--count", "0"], ["--count", "0"]),
-        (["--run", str(finished), "--truncation", "2"], ["--truncation", "2"]),
-    ):
-        assert generate.main([*command, "--out", str(tmp_path / "out")]) == 2
-        assert_one_line(capsys, *words)
-    broken = tmp_path / "generator.safetensors"
-    broken.write_bytes((finished / "generator.safetensors").read_bytes()[:-100])
-    assert generate.main(["--run", str(broken), "--out", str(tmp_path / "out")]) == 2
-    assert_one_line(capsys, "generator.safetensors")
 
 
 def test_presets_are_whole():
