@@ -24,6 +24,7 @@ from fastgan.data import ImageSet, cache, load_images
 from fastgan.engine import one_hot
 from fastgan.features import FeatureNetwork
 from fastgan.images import quantize, split_pair
+from fastgan.latent import slerp
 from fastgan.metrics import METRICS, NETWORKS, Moments
 from fastgan.models import Generator, family
 from fastgan.pretrained import load
@@ -358,14 +359,6 @@ class Evaluator:
             before, after = found.chunk(2)
             distances.append((before - after).square().sum(dim=1))
         return metrics.path_length(torch.cat(distances), EPSILON)
-
-
-def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """From a [N, D] a share of the way to b's direction, on a great circle of a's length (Shoemake 1985)."""
-    u, v = (F.normalize(x.double()) for x in (a, b))
-    angle = (u * v).sum(dim=1, keepdim=True).clamp(-1, 1).acos()
-    way = (((1 - share) * angle).sin() * u + (share * angle).sin() * v) / angle.sin()
-    return (way * a.double().norm(dim=1, keepdim=True)).to(a.dtype)
 
 
 def _in_fp32(G: Generator) -> Generator:

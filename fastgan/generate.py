@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgan import cli, outputs
+from fastgan import cli, explore, outputs
 from fastgan.config import UsageError
 from fastgan.data import load_images
 from fastgan.engine import keep_freed_memory
@@ -39,6 +39,7 @@ def parser() -> cli.Parser:
     )
     _add_inputs(p.add_argument_group("what it is given"))
     _add_outputs(p)
+    explore.add_flags(p)
     speed = p.add_argument_group("how it is run")
     speed.add_argument(
         "--batch",
@@ -130,6 +131,10 @@ def _main(argv: Sequence[str] | None) -> int:
     _check_options(args)
     G = build(read_own(args.run) if args.run else read(args.weights), "generator", args.device)
     keep_freed_memory(G.device)
+    explore.check(args, G.config, G.net)
+    if (said := explore.run(G.net, G.config, args)) is not None:
+        print(said)
+        return 0
     job = _translating(args, G) if isinstance(G, LoadedTranslator) else _sampling(args, G)
     try:
         if args.to_dataset:

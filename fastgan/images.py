@@ -1,12 +1,13 @@
 """Image tensors to uint8 arrays, files and grids."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fastgan.checkpoint import replacing
@@ -59,3 +60,29 @@ def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
     padded[:count] = images
     tiles = padded.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
     return tiles.reshape(rows * height, columns * width, channels)
+
+
+def sheet(
+    tiles: np.ndarray, rows: Sequence[str] | None = None, columns: Sequence[str] | None = None
+) -> np.ndarray:
+    """uint8 [rows, columns, H, W, C] -> one image on white, with the names of rows on the left and of columns
+    above them."""
+    count_y, count_x, height, width, channels = tiles.shape
+    font, gap = ImageFont.load_default(), 2
+    wide = max((math.ceil(font.getlength(name)) for name in rows or ()), default=0)
+    left, top = wide + 3 * gap if wide else gap, 16 if columns else gap
+    size = (left + count_x * (width + gap), top + count_y * (height + gap))
+    image = Image.new("L" if channels == 1 else "RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    for y, name in enumerate(rows or ()):
+        middle = top + y * (height + gap) + height // 2
+        draw.text((left - 2 * gap, middle), name, fill="black", font=font, anchor="rm")
+    for x, name in enumerate(columns or ()):
+        middle = left + x * (width + gap) + width // 2
+        draw.text((middle, top // 2), name, fill="black", font=font, anchor="mm")
+    canvas = np.array(image).reshape(size[1], size[0], channels)
+    for y in range(count_y):
+        for x in range(count_x):
+            i, j = top + y * (height + gap), left + x * (width + gap)
+            canvas[i : i + height, j : j + width] = tiles[y, x]
+    return canvas

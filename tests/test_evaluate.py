@@ -18,7 +18,7 @@ from fastgan.checkpoint import checkpoints, load_tensors
 from fastgan.config import Config, UsageError, build_generator
 from fastgan.data import load_images
 from fastgan.engine import Engine
-from fastgan.evaluate import Evaluator, slerp
+from fastgan.evaluate import Evaluator
 from fastgan.run_folder import save_generator
 from fastgan.sampling import latents
 
@@ -167,13 +167,6 @@ def test_the_global_random_state_stays():
 
 
 # Perceptual path length
-
-
-def test_slerp():
-    a, b = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 5.0]])
-    torch.testing.assert_close(slerp(a, b, 0.0), a)
-    torch.testing.assert_close(slerp(a, b, 1.0), torch.tensor([[0.0, 3.0]]))
-    torch.testing.assert_close(slerp(a, b, 1 / 3), torch.tensor([[1.5 * 3**0.5, 1.5]]))
 
 
 class Linear(nn.Module):
