@@ -15,8 +15,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; {self.prog} --help lists the options")
 
-    def add_config(self) -> None:
-        """--arch and a flag for every field of Config; a flag that is not given leaves no attribute."""
+    def add_config(self, **types: Callable[[str], Any]) -> None:
+        """--arch and a flag for every field of Config; a flag that is not given leaves no attribute.
+
+        `types` convert the flags that take more than their field does.
+        """
         self.add_argument(
             "--arch", required=True, metavar="ARCH", help=f"what to train: {', '.join(PRESETS)}"
         )
@@ -30,7 +33,7 @@ class Parser(argparse.ArgumentParser):
             if field.type is bool:
                 options["action"] = argparse.BooleanOptionalAction
             else:
-                options["type"] = field.type
+                options["type"] = types.get(field.name, field.type)
                 options["metavar"] = field.name.upper() if not field.metadata["choices"] else None
                 options["choices"] = field.metadata["choices"]
             self.add_argument(flag(field.name), default=argparse.SUPPRESS, **options)

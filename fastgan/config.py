@@ -17,6 +17,10 @@ from fastgan.losses import LOSSES
 from fastgan.models import Discriminator, Generator, family
 from fastgan.spectral import add_spectral_norm
 
+# Beyond these a number is a mistake, and building networks from it may take for ever.
+MOST = 2**31 - 1
+MOST_OF = {"mapping_layers": 128, "blocks": 128, "layers": 128, "seed": 2**63 - 1}
+
 
 class UsageError(Exception):
     """Bad input: one line that names the culprit and the way out. Commands print it and exit with code 2."""
@@ -121,6 +125,12 @@ class Config:
 
     tick_kimg: float = _option(4.0, "a log line and sample grid every so many thousand images", mutable=True)
     checkpoint_kimg: float = _option(16.0, "a checkpoint every so many thousand images", mutable=True)
+    on_nan: str = _option(
+        "rollback",
+        "on numbers that are not finite: back to the last checkpoint, to try other noise, or stop",
+        mutable=True,
+        choices=("rollback", "stop"),
+    )
     keep: int = _option(2, "checkpoints kept", mutable=True)
     metrics: str = _option(
         "",
@@ -137,6 +147,11 @@ class Config:
             choices, value = field.metadata.get("choices"), getattr(self, field.name)
             if choices and value not in choices:
                 raise UsageError(f"{flag(field.name)} must be {' or '.join(map(str, choices))}: got {value}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            most = MOST_OF.get(field.name, MOST)
+            if field.type is int and not 0 <= value <= most:
+                raise UsageError(f"{flag(field.name)} must lie between 0 and {most}: got {value}")
         counts = ("resolution", "batch", "accumulate", "d_steps", "g_steps", "r1_every", "pl_every")
         for name in (*counts, "pl_batch_shrink", "keep", "z_dim"):
             if getattr(self, name) < 1:
@@ -189,8 +204,9 @@ class Config:
             with torch.device("meta"):
                 build_networks(self)
             make_augment(self.diffaugment, self.ada > 0, self.channels)
-        except ValueError as error:
-            raise UsageError(f"--arch {self.arch} cannot be built: {error}") from None
+        except (ValueError, ArithmeticError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UsageError(f"--arch {self.arch} cannot be built: {reason}") from None
 
     @property
     def step_images(self) -> int:
@@ -454,6 +470,22 @@ def make_config(arch: str, **given: Any) -> Config:
     if "w_dim" in network_options(arch):  # the papers' latents are as wide as their widest layer
         options = {"z_dim": options["channel_max"], "w_dim": options["channel_max"]} | options
     return Config(arch=arch, **options)
+
+
+def read_config(fields: Any) -> Config:
+    """The Config that JSON holds, whoever has written it. UsageError if it holds none."""
+    if not isinstance(fields, dict) or not isinstance(fields.get("arch"), str):
+        raise UsageError("a config is a JSON object that names its arch")
+    if fields["arch"] not in PRESETS:
+        raise UsageError(f"unknown arch {fields['arch']!r}; there are {', '.join(PRESETS)}")
+    known: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config)}
+    for name, value in fields.items():
+        if name not in known:
+            raise UsageError(f"unknown option {name!r}, perhaps of a newer version")
+        kind = known[name]
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise UsageError(f"{flag(name)} must be of type {kind.__name__}: got {value!r:.40}")
+    return Config(**fields)
 
 
 def changed_fields(old: dict[str, Any], new: Config) -> list[str]:

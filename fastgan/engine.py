@@ -18,6 +18,7 @@ from torch import Tensor
 from fastgan.augment import ADAPT_STEPS, adapt, make_augment
 from fastgan.compiled import CudaCapture, Phase, Recordings
 from fastgan.config import Config, build_networks
+from fastgan.health import Trouble, Watch, all_finite
 from fastgan.models import family
 from fastgan.step import Latents, Objective, PhaseResult, d_phase, g_path_phase, g_phase
 
@@ -33,6 +34,7 @@ class Engine:
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
         self.images = 0
+        self.retries = 0  # since the last checkpoint; each draws other noise
         torch.manual_seed(_seed(config.seed, "init"))
         self.G, self.D = build_networks(config)
         place(self.G, device)
@@ -44,6 +46,7 @@ class Engine:
         self.pl_mean = torch.zeros([], device=device)
         self.strength = torch.zeros([], device=device) if config.ada > 0 else None  # ADA's p
         self.signs = torch.zeros([], device=device)  # of D on reals, since p last moved
+        self.watch = Watch(device)
         self.losses: dict[str, Tensor] = {}  # since the last tick: name -> [sum, count]
         self.stage: int | None = None  # of a growing family
         self.announce: Callable[[str], None] = lambda message: None  # told what is being compiled
@@ -97,7 +100,8 @@ class Engine:
         real uint8 [d_steps * batch, C, R, R], labels int64 [d_steps * batch] where the run is conditional.
         """
         c, step = self.config, self.images // self.config.step_images
-        torch.manual_seed(_seed(c.seed, "step", self.images))
+        again = [self.retries] if self.retries else []
+        torch.manual_seed(_seed(c.seed, "step", self.images, *again))
         self.grow()
         self._decay_rates()
         one_hot = self.one_hot(labels)
@@ -107,10 +111,10 @@ class Engine:
         ]
         for i in range(c.d_steps):
             update = step * c.d_steps + i
-            phase = self.d_r1 if (c.r1 > 0 or c.r2 > 0) and update % c.r1_every == 0 else self.d
+            phase = self._d_phase(update)
             mine = parts[i * c.accumulate : (i + 1) * c.accumulate]
             results = (phase(update, *self.d_args(*part)) for part in mine)
-            self._update(self.D, self.d_optimizer, results)
+            self._update(self.D, self.d_optimizer, results, step * (c.d_steps + c.g_steps) + i)
             if c.clip > 0:
                 _clip(self.D, c.clip)
             if self.strength is not None and (update + 1) % ADAPT_STEPS == 0:
@@ -120,13 +124,21 @@ class Engine:
                 self.signs.zero_()
         for i in range(c.g_steps):
             update = step * c.g_steps + i
-            if c.pl > 0 and update % c.pl_every == 0:
+            if self._g_phase(update) is self.g_path:
                 results = (self._with_path(update, *part) for part in parts[-c.accumulate :])
             else:
                 results = (self.g(update, *self.g_args(*part)) for part in parts[-c.accumulate :])
-            self._update(self.G, self.g_optimizer, results)
+            number = step * (c.d_steps + c.g_steps) + c.d_steps + i
+            self._update(self.G, self.g_optimizer, results, number)
         self.images += c.step_images
         self._average()
+
+    def _d_phase(self, update: int) -> Phase:
+        c = self.config
+        return self.d_r1 if (c.r1 > 0 or c.r2 > 0) and update % c.r1_every == 0 else self.d
+
+    def _g_phase(self, update: int) -> Phase:
+        return self.g_path if self.config.pl > 0 and update % self.config.pl_every == 0 else self.g
 
     def d_args(self, real: Tensor, c: Tensor | None) -> tuple:
         """Arguments of D's phases, new random numbers among them: real uint8 [N, C, R, R], c [N, c_dim]."""
@@ -163,10 +175,17 @@ class Engine:
         return one_hot(labels, self.config.c_dim)
 
     def _update(
-        self, net: torch.nn.Module, optimizer: torch.optim.Optimizer, results: Iterable[PhaseResult]
+        self,
+        net: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        results: Iterable[PhaseResult],
+        number: int = 0,
     ) -> None:
-        """One update from the mean gradient of `results`, each to be used before the next is computed."""
-        share, total = 1 / self.config.accumulate, None
+        """One update from the mean gradient of `results`, each to be used before the next is computed.
+
+        `number` counts the run's updates, of both networks.
+        """
+        share, total, losses = 1 / self.config.accumulate, None, []
         for result in results:
             if share == 1:
                 total = result.grads
@@ -175,11 +194,14 @@ class Engine:
             else:
                 torch.ops.aten._foreach_add_.List(total, result.grads, alpha=share)
             self._log(result.losses, share)
+            losses += result.losses.values()
         assert total is not None
         for parameter, grad in zip(net.parameters(), total, strict=True):
             # Fused Adam walks memory, not indices; a gradient through a penalty may be laid out otherwise.
             same = grad.stride() == parameter.stride()
             parameter.grad = grad if same else torch.empty_like(parameter).copy_(grad)
+        grads = [p.grad for p in net.parameters() if p.grad is not None]
+        self.watch.see(number, grads + losses)
         optimizer.step()
         net.zero_grad(set_to_none=True)  # not held while the other network's phase runs
 
@@ -258,6 +280,43 @@ class Engine:
         self.losses.clear()
         return means
 
+    def trouble(self) -> Trouble | None:
+        """Where the first gradient or loss that is not finite was seen, since the state was loaded."""
+        number, c = self.watch.first(), self.config
+        if number is None:
+            return None
+        step, i = divmod(number, c.d_steps + c.g_steps)
+        if i < c.d_steps:
+            return Trouble("D", self._d_phase(step * c.d_steps + i).name, step, step * c.step_images)
+        phase = self._g_phase(step * c.g_steps + i - c.d_steps)
+        return Trouble("G", phase.name, step, step * c.step_images)
+
+    def spoilt(self) -> Trouble | None:
+        """The same where gradients were finite, but an update has made a weight that is not."""
+        step = self.images // self.config.step_images - 1
+        for name, net in (("D", self.D), ("G", self.G), ("G", self.ema)):
+            if not all_finite([t for t in _state(net).values() if t.is_floating_point()]):
+                return Trouble(name, "update", step, step * self.config.step_images)
+        return None
+
+    def restart(self) -> None:
+        """Back to how the run began."""
+        c = self.config
+        torch.manual_seed(_seed(c.seed, "init"))
+        for net, fresh in zip((self.G, self.D), build_networks(c), strict=True):
+            net.load_state_dict(fresh.state_dict())
+        self.ema.load_state_dict(self.G.state_dict())
+        self.images = 0
+        self.g_optimizer.state.clear()
+        self.d_optimizer.state.clear()
+        self.pl_mean.zero_()
+        self.signs.zero_()
+        if self.strength is not None:
+            self.strength.zero_()
+        self.losses.clear()
+        self.watch.forget()
+        self.grow()
+
     def state(self) -> dict[str, Tensor]:
         """Everything but `images`, by name; the tensors are the engine's own."""
         state = self._scalars()
@@ -267,12 +326,14 @@ class Engine:
             for name, parameter in net.named_parameters():
                 for key, value in optimizer.state[parameter].items():
                     state[f"{prefix}.{name}.{key}"] = value
+        state["retries"] = torch.tensor(self.retries)
         return state | {f"losses.{name}": pair for name, pair in self.losses.items()}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor], images: int) -> None:
         """Take over `state` as saved after `images` images. KeyError for a tensor that is missing."""
-        self.images = images
+        self.images, self.retries = images, int(state["retries"])
+        self.watch.forget()
         for name, tensor in self._scalars().items():
             tensor.copy_(state[name])
         for prefix, net in (("G", self.G), ("D", self.D), ("ema", self.ema)):

@@ -108,10 +108,19 @@ class Estimate(NamedTuple):
 
 def estimate(config: Config, device: Device) -> Estimate:
     """For `config` with a precision that is not auto."""
-    at, double = _step(config, device), _step(dataclasses.replace(config, batch=2 * config.batch), device)
-    slope = (double.peak_bytes - at.peak_bytes) / config.batch  # memory is a + slope * batch
-    room = device.memory * 1e9 - (at.peak_bytes - slope * config.batch)
-    return at._replace(largest_batch=_whole(int(room / slope), config))
+    at = _step(config, device)
+    return at._replace(largest_batch=_largest_batch(config, device.memory * 1e9, at.peak_bytes))
+
+
+def batch_that_fits(config: Config, bytes: float) -> int:
+    """The largest that `bytes` of memory hold; 0 if they do not hold the smallest."""
+    return _largest_batch(config, bytes, peak_bytes(config))
+
+
+def _largest_batch(config: Config, bytes: float, peak: float) -> int:
+    """`peak` bytes are what the batch of `config` takes."""
+    slope = (peak_bytes(dataclasses.replace(config, batch=2 * config.batch)) - peak) / config.batch
+    return whole(int((bytes - peak) / slope) + config.batch, config)  # memory is a + slope * batch
 
 
 def peak_bytes(config: Config) -> float:
@@ -125,7 +134,8 @@ def batch_unit(config: Config) -> int:
     return config.accumulate * math.lcm(groups, config.pl_batch_shrink if config.pl > 0 else 1)
 
 
-def _whole(batch: int, config: Config) -> int:
+def whole(batch: int, config: Config) -> int:
+    """`batch`, rounded down to whole units."""
     return max(batch // batch_unit(config) * batch_unit(config), 0)
 
 

@@ -1,5 +1,6 @@
 """Image tensors to uint8 arrays, files and grids."""
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +43,9 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 def write_png(file: IO[bytes], image: np.ndarray) -> None:
     """uint8 [H, W, 1 or 3]."""
-    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(file, "PNG")
+    png = io.BytesIO()  # Pillow's own writing to a file forgets why it failed
+    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(png, "PNG")
+    file.write(png.getvalue())
 
 
 def save_image(path: Path, image: np.ndarray) -> None:

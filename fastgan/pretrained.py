@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from fastgan.checkpoint import checkpoints, load_tensors, save_tensors
-from fastgan.config import Config, UsageError, build_discriminator, build_generator, resolve_device
+from fastgan.config import (
+    Config,
+    UsageError,
+    build_discriminator,
+    build_generator,
+    read_config,
+    resolve_device,
+)
 from fastgan.engine import one_hot, place
 from fastgan.images import join_pair, quantize
 from fastgan.sampling import NOISES, Plan, labels, noises, samples
@@ -69,7 +76,9 @@ def read_own(path: Path | str) -> Pretrained:
         tensors, header = load_tensors(file)
         if not header.keys() >= {"config", "images"}:
             raise ValueError("its header has no config; python -m fastgan.convert reads public checkpoints")
-        config, images = Config(**header["config"]), int(header["images"])
+        config, images = read_config(header["config"]), header["images"]
+        if type(images) is not int:
+            raise ValueError(f"its count of images is {images!r:.40}")
         options = [dict(header.get(name, {})) for name in NETWORKS]
         generator = {name: t for name, t in tensors.items() if not name.startswith(PREFIX)}
         discriminator = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name not in generator}

@@ -10,8 +10,13 @@ best.safetensors       with --metrics, the same of the snapshot that the first o
 """
 
 import dataclasses
+import errno
 import fcntl
+import gc
+import io
 import json
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +24,7 @@ from typing import Any
 import matplotlib.figure
 from torch import Tensor
 
-from fastgan.checkpoint import write
+from fastgan.checkpoint import clear_unfinished, load_tensors, write
 from fastgan.config import Config, UsageError, changed_fields, flag
 from fastgan.pretrained import Pretrained, read_own, write_own
 
@@ -36,30 +41,50 @@ def new_run_dir(config: Config, root: Path = Path("runs")) -> Path:
 
 
 class RunFolder:
-    """An open, locked run folder. UsageError if another process holds it or its config differs."""
+    """An open, locked run folder. UsageError if another process holds it or its config differs.
+
+    The lock is the system's (flock), not the file: it ends with the process that holds it, however that ends,
+    and the file that is left stops nobody. It says who holds it, for the message.
+    """
 
     def __init__(self, path: Path, config: Config):
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / ".lock").open("a")
+            self._lock = (path / ".lock").open("a+")
         except OSError as error:
             raise UsageError(f"--run-dir {path} cannot be written: {error.strerror}") from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise UsageError(
-                f"--run-dir {path} is in use by a live process; wait for it or choose another folder"
-            ) from None
-        try:
+            self._take_lock()
             self._check(config)
         except UsageError:
             self.close()
             raise
-        (path / "samples").mkdir(exist_ok=True)
-        (path / "checkpoints").mkdir(exist_ok=True)
+        # Before all else: a folder of a run that was killed here is recognised by it.
         write(path / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        for name in ("samples", "checkpoints"):
+            (path / name).mkdir(exist_ok=True)
+            clear_unfinished(path / name)
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UsageError(
+                    f"--run-dir {self.path} is on a file system that cannot lock ({error.strerror}), so two "
+                    "runs could write to it at once; choose a folder on another one"
+                ) from None
+            self._lock.seek(0)
+            holder = " ".join(self._lock.read(200).split())
+            raise UsageError(
+                f"--run-dir {self.path} is in use by a live process ({holder or 'unknown'}); wait for it or "
+                "choose another folder"
+            ) from None
+        clear_unfinished(self.path)
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
 
     def _check(self, config: Config) -> None:
         file = self.path / "config.json"
@@ -74,7 +99,7 @@ class RunFolder:
         try:
             old = json.loads(file.read_text())
             changed = changed_fields(old, config)
-        except (json.JSONDecodeError, AttributeError):
+        except (ValueError, RecursionError, AttributeError, OSError):
             raise UsageError(f"{file} is damaged; restore it or choose another --run-dir") from None
         if changed:
             what = ", ".join(f"{flag(k)} {old.get(k)} -> {getattr(config, k)}" for k in changed)
@@ -89,10 +114,11 @@ class RunFolder:
     def log(self, line: dict[str, Any]) -> None:
         with (self.path / METRICS).open("a") as file:
             file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that is on disk has its log there, too
 
     def read_log(self) -> list[dict[str, Any]]:
-        file = self.path / METRICS
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return read_metrics(self.path / METRICS)
 
     def best(self, better: Callable[[Figures, Figures | None], bool]) -> Figures | None:
         """Of all `metric_` figures in the log those that are `better` than the others, None without any."""
@@ -105,18 +131,9 @@ class RunFolder:
 
     def rewind_log(self, images: int) -> None:
         """Drop what a stopped run logged after its last checkpoint, a half-written line included."""
-        file = self.path / METRICS
-        if not file.exists():
-            return
-        kept = []
-        for line in file.read_text().splitlines():
-            try:
-                if json.loads(line)["images"] > images:
-                    break
-            except (json.JSONDecodeError, KeyError, TypeError):
-                break
-            kept.append(line + "\n")
-        write(file, "".join(kept))
+        kept = [line for line in self.read_log() if line["images"] <= images]
+        if kept or (self.path / METRICS).exists():
+            write(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
     def plot(self) -> None:
         """losses.png from the log."""
@@ -131,13 +148,43 @@ class RunFolder:
         axes.set(xlabel="thousand images", ylabel="loss")
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(self.path / "losses.png", dpi=110)
+        png = io.BytesIO()
+        figure.savefig(png, dpi=110)
+        (self.path / "losses.png").write_bytes(png.getvalue())
+        del figure, axes
+        gc.collect()  # a figure is a circle of references, 1 MB for each that waits to be found
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl up to the first that is damaged; none if there is no file."""
+    lines = []
+    for text in file.read_bytes().splitlines() if file.exists() else []:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(line, dict) or type(line.get("images")) is not int:
+            break
+        if not all(isinstance(v, int | float) for k, v in line.items() if k != "warning"):
+            break
+        lines.append(line)
+    return lines
 
 
 def save_generator(path: Path, state: dict[str, Tensor], config: Config, images: int) -> None:
     """The EMA generator of an engine's state ("ema.*") as one of our files."""
     weights = {k.removeprefix("ema."): t for k, t in state.items() if k.startswith("ema.")}
     write_own(path, Pretrained(config, weights, None, {}, {}, images))
+
+
+def restore_generator(path: Path, state: dict[str, Tensor], images: int, config: Config) -> None:
+    """`save_generator`, unless `path` is intact and as old: a kill may come between it and the checkpoint."""
+    try:
+        if load_tensors(path, checked=True)[1]["images"] == images:
+            return
+    except (ValueError, KeyError):
+        pass
+    save_generator(path, state, config, images)
 
 
 def load_generator(path: Path) -> tuple[dict[str, Tensor], Config]:

@@ -1,6 +1,7 @@
 """python -m fastgan.train: flags to a configuration, then the loop."""
 
 import dataclasses
+import errno
 import os
 import resource
 import signal
@@ -15,14 +16,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fastgan import cli, precompile
-from fastgan.checkpoint import load_checkpoint, save_checkpoint
+from fastgan import cli, estimate, fit, precompile
+from fastgan.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from fastgan.config import Config, UsageError, make_config, resolve_device
 from fastgan.data import Feed, PairFeed, load_images
 from fastgan.engine import Engine
 from fastgan.evaluate import Evaluator
+from fastgan.health import RETRIES, TICKS, Trouble, collapse, diagnosis, spread
 from fastgan.images import grid, save_image, side_by_side, to_uint8
-from fastgan.run_folder import BEST, RunFolder, new_run_dir, save_generator
+from fastgan.run_folder import BEST, RunFolder, new_run_dir, restore_generator, save_generator
 
 GRID = 64  # images of a sample grid
 
@@ -33,8 +35,12 @@ def parser() -> cli.Parser:
         description="Train a GAN. Rerun the same command with the same --run-dir to resume it.",
     )
     p.add_argument("--run-dir", type=Path, help="folder of the run (default: a new one under runs/)")
-    p.add_config()
+    p.add_config(batch=batch_or_auto)
     return p
+
+
+def batch_or_auto(given: str) -> int | str:
+    return given if given == "auto" else int(given)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,8 +50,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> int:
     given = vars(parser().parse_args(argv))
     run_dir = given.pop("run_dir")
+    if given.get("batch") == "auto":
+        given["batch"] = find_batch(given, run_dir)
     config, device = resolve_device(make_config(**given))
     return train(config, device, run_dir or new_run_dir(config))
+
+
+def find_batch(given: dict[str, Any], run_dir: Path | None) -> int:
+    """What --batch auto means: the batch of the run in `run_dir`, else the largest that fits the memory.
+
+    At most as many as there are images, which are loaded meanwhile, as they take their share of a GPU.
+    """
+    if known := fit.own_batch(run_dir):
+        return known
+    config, device = resolve_device(make_config(**{k: v for k, v in given.items() if k != "batch"}))
+    config, feed, _ = open_data(config, device)
+    try:
+        batch = fit.largest_batch(config, device, feed.count)
+    finally:
+        feed.close()
+    print(f"--batch auto: {batch}", flush=True)
+    return batch
 
 
 class StopRequest:
@@ -89,6 +114,10 @@ class Progress:
         else:
             self.bar.set_postfix(figures)
 
+    def back_to(self, images: int) -> None:
+        self.bar.n = images
+        self.bar.refresh()
+
     def close(self) -> None:
         self.bar.close()
 
@@ -110,18 +139,42 @@ def peak_memory_mib(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
-def out_of_memory(config: Config, device: torch.device) -> str:
-    """Where the memory of a GPU went, and the ways out; asked while what fills it is still held."""
+def memory_held(device: torch.device) -> str:
+    """Where the memory went; asked while what fills it is still held."""
+    if device.type != "cuda":
+        return f"out of memory on {device} at {peak_memory_mib(device) / 1024:.2f} GiB"
     allocated, reserved = (
         f"{read(device) / 2**30:.2f} GiB"
         for read in (torch.cuda.memory_allocated, torch.cuda.memory_reserved)
     )
-    ways = [f"use a --batch below {config.batch}"]
+    return f"out of memory on {device}: {allocated} allocated of {reserved} reserved"
+
+
+def out_of_memory(held: str, config: Config, device: torch.device) -> str:
+    """One line on `memory_held` and the ways out; asked when the run has let go of its memory."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    smaller = fit.smaller_batch(config, fit.room(device))
+    ways = [f"use --batch {smaller}, which should fit (estimate; --batch auto tries)"]
+    if not smaller:
+        ways = [f"not even --batch {estimate.batch_unit(config)} should fit (estimate): use smaller networks"]
     given = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
-    if "expandable_segments:True" not in given:
+    if device.type == "cuda" and "expandable_segments:True" not in given:
         setting = ",".join(filter(None, (given, "expandable_segments:True")))
         ways.append(f"set PYTORCH_ALLOC_CONF={setting}, which leaves fewer gaps between blocks")
-    return f"out of memory on {device}: {allocated} allocated of {reserved} reserved; {' or '.join(ways)}"
+    return f"{held}; {' or '.join(ways)}"
+
+
+def disk_full(run_dir: Path, error: OSError) -> str:
+    """What is safe, and the way out."""
+    kept = checkpoints(run_dir / "checkpoints")
+    safe = (
+        f"the checkpoint of {int(kept[-1].stem):,} images is intact" if kept else "there is no checkpoint yet"
+    )
+    return (
+        f"--run-dir {run_dir} cannot be written to: {error.strerror}; {safe}. Make room there, then rerun "
+        f"the same command with --run-dir {run_dir} to go on"
+    )
 
 
 def open_data(config: Config, device: torch.device) -> tuple[Config, Feed | PairFeed, str]:
@@ -147,13 +200,14 @@ def train(config: Config, device: torch.device, run_dir: Path) -> int:
     judge = Evaluator.of_run(config, device) if config.metrics and config.eval_every > 0 else None
     folder = RunFolder(run_dir, config)
     stop = StopRequest()
-    progress = helper = None
+    engine = progress = helper = None
     try:
         engine = Engine(config, device)
         engine.g.helper = helper = precompile.start(config)
-        checkpoint = load_checkpoint(run_dir / "checkpoints")
+        checkpoint = load_checkpoint(run_dir / "checkpoints", print)
         if checkpoint:
             engine.load_state(*checkpoint)
+            restore_generator(run_dir / "generator.safetensors", *checkpoint, config)
         folder.rewind_log(engine.images)
         progress = Progress(config.images, min(engine.images, config.images))
         engine.announce = progress.say
@@ -163,8 +217,14 @@ def train(config: Config, device: torch.device, run_dir: Path) -> int:
         reals = feed.batch(0, min(GRID, feed.count))[0]
         save_image(run_dir / "reals.png", picture(config, reals / 127.5 - 1))
         return _loop(config, engine, feed, reals, folder, judge, stop, progress)
-    except torch.OutOfMemoryError:
-        raise UsageError(out_of_memory(config, device)) from None
+    except (RuntimeError, MemoryError) as error:
+        if not fit.ran_out(error):
+            raise
+        held = memory_held(device)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UsageError(disk_full(run_dir, error)) from None
     finally:
         stop.restore()
         if helper:
@@ -174,6 +234,8 @@ def train(config: Config, device: torch.device, run_dir: Path) -> int:
             progress.close()
         feed.close()
         folder.close()
+    del engine, feed  # what had run out is free again, for the estimate
+    raise UsageError(out_of_memory(held, config, device))
 
 
 def _loop(
@@ -190,9 +252,16 @@ def _loop(
     first, began = engine.images, time.perf_counter()
     tick_first, tick_began, tick_compiling = first, began, 0.0
     best = folder.best(judge.better) if judge else None
+    recent = folder.read_log()[1 - TICKS :]  # what collapse is told by, so that resuming changes no warning
+    data_spread = max(spread(shown(config, reals / 127.5 - 1)), 1e-9)
+    warnings: list[str] = []
+
+    def trouble(saving: bool) -> Trouble | None:
+        return engine.trouble() or (engine.spoilt() if saving else None)
 
     def save() -> None:
         engine.settle()
+        engine.retries = 0
         state = engine.state()
         save_checkpoint(folder.path / "checkpoints", state, engine.images, config.keep)
         save_generator(folder.path / "generator.safetensors", state, config, engine.images)
@@ -201,7 +270,15 @@ def _loop(
         engine.step(*feed.batch(engine.images, config.step_images))
         progress.advance(config.step_images)
         done = engine.images >= config.images
-        if done or crossed(engine.images, config.step_images, config.tick_kimg):
+        ticks = done or crossed(engine.images, config.step_images, config.tick_kimg)
+        saves = done or crossed(engine.images, config.step_images, config.checkpoint_kimg)
+        if (ticks or saves) and (found := trouble(saves)):
+            warnings.append(roll_back(engine, folder, found, progress))
+            recent = folder.read_log()[1 - TICKS :]
+            best = folder.best(judge.better) if judge else None
+            tick_first, tick_began, tick_compiling = engine.images, time.perf_counter(), engine.compiling
+            continue
+        if ticks:
             losses = engine.take_losses()  # waits for the device, so the clock is read after it
             now = time.perf_counter()
             training = now - tick_began - (engine.compiling - tick_compiling)
@@ -222,17 +299,29 @@ def _loop(
                     best = figures
                     save_generator(folder.path / BEST, engine.state(), config, engine.images)
                 line |= {f"metric_{key}": value for key, value in figures.items()}
+            samples = sample_images(engine, latents, reals)
+            line["spread"] = round(spread(samples) / data_spread, 4)
+            if symptom := collapse([*recent, line], config.loss):
+                warnings.append(symptom)
+                progress.say(f"warning: {symptom}")
+            if warnings:
+                line["warning"] = "; ".join(warnings)
+                warnings.clear()
+            recent = [*recent, line][1 - TICKS :]
             folder.log(line)
             progress.tick(line, (config.images - engine.images) / rate, losses)
             name = f"{engine.images:09d}.png"
-            save_image(folder.path / "samples" / name, sample_grid(engine, latents, reals))
+            save_image(folder.path / "samples" / name, grid(samples))
             tick_first, tick_began, tick_compiling = engine.images, time.perf_counter(), engine.compiling
-        if done or crossed(engine.images, config.step_images, config.checkpoint_kimg):
+        if saves:
             save()
             folder.plot()
 
     if stop.signal is not None and engine.images < config.images:
-        save()
+        if found := trouble(saving=True):
+            progress.say(f"nothing saved since the last checkpoint: {found}")
+        else:
+            save()
         progress.say(
             f"stopped at {engine.images / 1000:.1f} kimg; "
             f"the same command with --run-dir {folder.path} resumes"
@@ -260,22 +349,53 @@ def crossed(images: int, batch: int, kimg: float) -> bool:
     return images // every > (images - batch) // every
 
 
+def roll_back(engine: Engine, folder: RunFolder, trouble: Trouble, progress: Progress) -> str:
+    """Back to the last checkpoint, or to the start, to go on with other noise; returns what to log.
+
+    The checkpoint is told how often it has been gone back to: a run that is killed after this goes on as this
+    one does. UsageError with a diagnosis if it has been often enough, or --on-nan is stop.
+    """
+    config, retries, failed = engine.config, engine.retries + 1, engine.images
+    files = checkpoints(folder.path / "checkpoints")
+    if config.on_nan == "stop" or retries > RETRIES:
+        raise UsageError(diagnosis(trouble, config, engine.retries, str(files[-1]) if files else None))
+    if checkpoint := load_checkpoint(folder.path / "checkpoints", progress.say):
+        engine.load_state(*checkpoint)
+        engine.retries = retries
+        save_checkpoint(folder.path / "checkpoints", engine.state(), engine.images, config.keep)
+    else:
+        engine.restart()
+        engine.retries = retries
+    folder.rewind_log(engine.images)
+    progress.back_to(engine.images)
+    said = (
+        f"{trouble}: went back from {failed:,} to {engine.images:,} images, to go on with other noise "
+        f"({retries} of {RETRIES})"
+    )
+    progress.say(f"warning: {said}")
+    return said
+
+
 @torch.no_grad()
-def sample_grid(engine: Engine, latents: torch.Tensor, reals: torch.Tensor) -> np.ndarray:
-    """Samples of fixed latents, class by class where there are classes; what becomes of real images where
-    the generator translates them."""
+def sample_images(engine: Engine, latents: torch.Tensor, reals: torch.Tensor) -> np.ndarray:
+    """uint8 [N, H, W, C]: samples of fixed latents, class by class where there are classes; what becomes of
+    real images where the generator translates them."""
     engine.settle()
     c = engine.config
     labels = torch.arange(len(latents), device=engine.device) % c.c_dim if c.cond else None
     if getattr(engine.ema, "translates", False):
         pairs = reals / 127.5 - 1
-        return grid(np.concatenate([side_by_side(pairs), side_by_side(engine.ema(None, pairs))], axis=2))
-    return picture(c, engine.ema(latents.to(engine.device), engine.one_hot(labels)))
+        return np.concatenate([side_by_side(pairs), side_by_side(engine.ema(None, pairs))], axis=2)
+    return shown(c, engine.ema(latents.to(engine.device), engine.one_hot(labels)))
 
 
 def picture(config: Config, images: torch.Tensor) -> np.ndarray:
     """A grid of -1..1 [N, C, R, R]; of two domains, pairs side by side."""
-    return grid(side_by_side(images) if config.domains == 2 else to_uint8(images))
+    return grid(shown(config, images))
+
+
+def shown(config: Config, images: torch.Tensor) -> np.ndarray:
+    return side_by_side(images) if config.domains == 2 else to_uint8(images)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Batches without end, drawn by a shuffle that has no state."""
 
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import Any
@@ -190,9 +191,14 @@ def fits(size: int, device: torch.device) -> bool:
     """Whether `size` bytes take at most half of the memory that is free on the device."""
     if device.type == "cuda":
         return 2 * size <= torch.cuda.mem_get_info(device)[0]
+    return 2 * size <= available()
+
+
+def available() -> int:
+    """Bytes of the host's memory that may be taken without paging."""
     try:
         with open("/proc/meminfo") as file:
             lines = dict(line.split(":") for line in file)
     except OSError:  # not Linux; the system pages what does not fit
-        return True
-    return 2 * size <= 1024 * int(lines["MemAvailable"].split()[0])
+        return sys.maxsize
+    return 1024 * int(lines["MemAvailable"].split()[0])
