@@ -261,7 +261,6 @@ def _loop(
 
     def save() -> None:
         engine.settle()
-        engine.retries = 0
         state = engine.state()
         save_checkpoint(folder.path / "checkpoints", state, engine.images, config.keep)
         save_generator(folder.path / "generator.safetensors", state, config, engine.images)
@@ -271,7 +270,8 @@ def _loop(
         progress.advance(config.step_images)
         done = engine.images >= config.images
         ticks = done or crossed(engine.images, config.step_images, config.tick_kimg)
-        saves = done or crossed(engine.images, config.step_images, config.checkpoint_kimg)
+        regular = crossed(engine.images, config.step_images, config.checkpoint_kimg)
+        saves = done or regular
         if (ticks or saves) and (found := trouble(saves)):
             warnings.append(roll_back(engine, folder, found, progress))
             recent = folder.read_log()[1 - TICKS :]
@@ -313,6 +313,8 @@ def _loop(
             name = f"{engine.images:09d}.png"
             save_image(folder.path / "samples" / name, grid(samples))
             tick_first, tick_began, tick_compiling = engine.images, time.perf_counter(), engine.compiling
+        if regular:
+            engine.retries = 0  # a stop between two checkpoints changes no noise
         if saves:
             save()
             folder.plot()

@@ -199,7 +199,7 @@ def test_a_nan_goes_back_to_the_last_checkpoint(
     shutil.copytree(half, once)
     plant(monkeypatch, phase, 32, retries=1)
     capsys.readouterr()
-    assert run("dcgan", half, 60) == 0
+    assert run("dcgan", half, 60, "--checkpoint-kimg", "0.02") == 0
     out = capsys.readouterr().out
     assert out.count(f"warning: {network}'s gradients or losses are not finite") == 2
     assert "step 8, 32 images): went back from 40 to 20 images, to go on with other noise (2 of 3)" in out
@@ -217,7 +217,8 @@ def test_a_nan_goes_back_to_the_last_checkpoint(
     assert loaded
     loaded[0]["retries"].fill_(2)
     save_checkpoint(once / "checkpoints", *loaded, keep=2)
-    assert run("dcgan", once, 60) == 0
+    assert run("dcgan", once, 36, "--checkpoint-kimg", "0.02") == 0  # stopped before the next checkpoint
+    assert run("dcgan", once, 60, "--checkpoint-kimg", "0.02") == 0
     assert_same_run(half, once)
     assert any(not torch.equal(t, state[name]) for name, t in newest(whole).items() if name.startswith("G."))
 
