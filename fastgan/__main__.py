@@ -2,10 +2,11 @@
 
 import sys
 
-from fastgan import doctor, evaluate, generate, profile, train
+from fastgan import doctor, evaluate, generate, prepare, profile, train
 
 COMMANDS = {
     "train": train.main,
+    "prepare": prepare.main,
     "generate": generate.main,
     "evaluate": evaluate.main,
     "profile": profile.main,

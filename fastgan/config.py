@@ -43,12 +43,19 @@ class Config:
 
     arch: str
     data: str = _option(
-        "digits", "'digits' (embedded), a variant of them, or a folder of images; its sub-folders are classes"
+        "digits",
+        "'digits' (embedded), a variant of them, a folder or zip of images with sub-folders or a dataset.json"
+        " for classes, a .safetensors (see fastgan prepare), .npz, .npy or .parquet file, or hf:NAME[:SPLIT]",
     )
+    image_key: str = _option("", "array or column of the images, where its type does not tell")
+    label_key: str = _option("", "array or column of the labels, where its type does not tell")
     data_b: str = _option("", "the second domain of a family that joins two, as --data")
     resolution: int = _option(16, "side of the images in pixels")
-    channels: int = _option(3, "channels of the images", choices=(1, 3))
-    crop: str = _option("none", "how images that are not square are cut", choices=("none", "center"))
+    channels: int = _option(3, "channels of the images: gray, RGB or RGBA", choices=(1, 3, 4))
+    crop: str = _option("none", "how images are cut to squares: none, center, center:SIDE or wide (4:3)")
+    filter: str = _option(
+        "lanczos", "what images are made smaller with", choices=("lanczos", "box", "bicubic")
+    )
     mirror: bool = _option(False, "flip half of the images horizontally")
     skip_bad: bool = _option(False, "leave out and count files that cannot be read")
     cond: bool = _option(False, "condition the networks on the images' classes")

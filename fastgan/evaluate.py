@@ -20,7 +20,7 @@ from tqdm import tqdm
 from fastgan import cli, features, metrics
 from fastgan.checkpoint import write
 from fastgan.config import Config, UsageError
-from fastgan.data import ImageSet, cache, load_images
+from fastgan.data import ImageSet, cache, images_for
 from fastgan.engine import one_hot
 from fastgan.features import FeatureNetwork
 from fastgan.images import quantize, split_pair
@@ -151,8 +151,7 @@ class Evaluator:
             raise UsageError(f"--metrics ppl needs latents: --arch {self.config.arch} has none; leave it out")
 
     def _load(self, name: str) -> ImageSet:
-        c = self.config
-        return load_images(name, c.resolution, c.channels, c.crop, c.skip_bad)
+        return images_for(self.config, name)
 
     def _labels(self) -> Tensor | None:
         """Labels int64 [count] of generated images: drawn from the real ones', or those of their source."""

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fastgan import cli, explore, outputs
 from fastgan.config import UsageError
-from fastgan.data import load_images
+from fastgan.data import images_for
 from fastgan.engine import keep_freed_memory
 from fastgan.images import grid, quantize, save_image, split_pair
 from fastgan.pretrained import LoadedGenerator, LoadedTranslator, build, read, read_own
@@ -242,7 +242,7 @@ def _translating(args: argparse.Namespace, G: LoadedTranslator) -> Job:
     if getattr(G.net, "a_to_b" if to == "b" else "b_to_a") is None:
         raise UsageError(f"--to {to}: this network translates the other way alone")
     data = args.translate or (config.data if to == "b" else config.data_b)
-    found = load_images(data, config.resolution, config.channels, config.crop)
+    found = images_for(config, data)
     count = _count(args.count or (None if args.translate else min(COUNT, len(found))), len(found), data)
 
     def finish(real: Tensor, fake: Tensor) -> Tensor:

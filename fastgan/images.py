@@ -42,14 +42,14 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def write_png(file: IO[bytes], image: np.ndarray) -> None:
-    """uint8 [H, W, 1 or 3]."""
+    """uint8 [H, W, 1, 3 or 4]."""
     png = io.BytesIO()  # Pillow's own writing to a file forgets why it failed
     Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(png, "PNG")
     file.write(png.getvalue())
 
 
 def save_image(path: Path, image: np.ndarray) -> None:
-    """uint8 [H, W, 1 or 3] to a PNG, whole or not at all."""
+    """uint8 [H, W, 1, 3 or 4] to a PNG, whole or not at all."""
     with replacing(path, durable=False) as file:
         write_png(file, image)
 
@@ -75,7 +75,7 @@ def sheet(
     wide = max((math.ceil(font.getlength(name)) for name in rows or ()), default=0)
     left, top = wide + 3 * gap if wide else gap, 16 if columns else gap
     size = (left + count_x * (width + gap), top + count_y * (height + gap))
-    image = Image.new("L" if channels == 1 else "RGB", size, "white")
+    image = Image.new({1: "L", 3: "RGB", 4: "RGBA"}[channels], size, "white")
     draw = ImageDraw.Draw(image)
     for y, name in enumerate(rows or ()):
         middle = top + y * (height + gap) + height // 2

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from fastgan import cli, estimate, fit, precompile
 from fastgan.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from fastgan.config import Config, UsageError, make_config, resolve_device
-from fastgan.data import Feed, PairFeed, load_images
+from fastgan.data import Feed, PairFeed, images_for
+from fastgan.data.images import empty_classes
 from fastgan.engine import Engine
 from fastgan.evaluate import Evaluator
 from fastgan.health import RETRIES, TICKS, Trouble, collapse, diagnosis, spread
@@ -179,19 +180,25 @@ def disk_full(run_dir: Path, error: OSError) -> str:
 
 def open_data(config: Config, device: torch.device) -> tuple[Config, Feed | PairFeed, str]:
     """The config, now with the number of classes, the feed, and a line on what it holds."""
-    sets = [
-        load_images(name, config.resolution, config.channels, config.crop, config.skip_bad)
-        for name in (config.data, config.data_b)[: config.domains]
-    ]
+    sets = [images_for(config, name) for name in (config.data, config.data_b)[: config.domains]]
     if config.cond:
         if len(sets[0].classes) < 2:
-            raise UsageError(f"--cond needs classes, but --data {config.data} has none; use sub-folders")
+            raise UsageError(
+                f"--cond needs classes, but --data {config.data} has none; use sub-folders or labels"
+            )
         config = dataclasses.replace(config, classes=len(sets[0].classes))
     feeds = [Feed(images, device, config.seed + i, config.mirror) for i, images in enumerate(sets)]
     skipped = sum(len(images.skipped) for images in sets)
     about = " and ".join(f"{len(images)} images of {images.name}" for images in sets)
     about += f", {skipped} files left out" if skipped else ""
+    empty = empty_classes(sets[0].labels, sets[0].classes)
+    about += f", no images of {enumerated(empty)}" if empty else ""
     return config, feeds[0] if len(feeds) == 1 else PairFeed(*feeds), about
+
+
+def enumerated(classes: Sequence[str]) -> str:
+    shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+    return f"{len(classes)} class{'es' * (len(classes) > 1)} ({shown})"
 
 
 def train(config: Config, device: torch.device, run_dir: Path) -> int:

@@ -1,6 +1,7 @@
 """The cache of decoded images."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 from image_cases import message, never, noise, pixels, put
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fastgan.data import Feed, ImageSet, cache, folder, load_images
+from fastgan.data import Feed, cache, load_images, stored
+from fastgan.data.decode import Fit
+from fastgan.data.source import Source
 
 CPU = torch.device("cpu")
 
@@ -33,8 +37,8 @@ def test_the_second_load_maps_the_cache(data: Path, cache_folder: Path, monkeypa
     first = load_images("data", 16)
     [file] = files(cache_folder)
     assert file.suffix == ".safetensors"
-    assert set(load_file(file)) == {"kept", "images"}
-    monkeypatch.setattr(folder, "decode", never)
+    assert set(load_file(file)) == {"labels", "left_out_labels", "state", "images"}
+    monkeypatch.setattr(stored, "decode", never)
     second = load_images("data", 16)
     assert torch.equal(first.images, second.images)
     assert first.labels is not None and second.labels is not None
@@ -43,12 +47,12 @@ def test_the_second_load_maps_the_cache(data: Path, cache_folder: Path, monkeypa
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="asks Linux what is in memory")
 def test_a_mapped_set_is_not_read_into_memory(tmp_path: Path):
-    image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    image = np.asarray(noise(128))
     path = tmp_path / "big.safetensors"
-    cache.write(path, 800, image.shape, (image for _ in range(800)))
-    kept, images = cache.mapped(path, 800, image.shape)
-    assert (int(kept.sum()), images.shape) == (800, (800, 128, 128, 3))
-    streamed = Feed(ImageSet(images.permute(0, 3, 1, 2), None, (), "big"), CPU, resident=False)
+    stored.write(path, Source("big", 800, lambda i: noise(128), str, ""), Fit(128))
+    images = load_images(str(path), 128)
+    assert images.images.shape == (800, 3, 128, 128)
+    streamed = Feed(images, CPU, resident=False)
     got, _ = streamed.batch(0, 4)
     streamed.close()
     assert (got.permute(0, 2, 3, 1).numpy() == image).all()
@@ -107,10 +111,11 @@ def test_a_damaged_cache_is_rebuilt_with_one_warning(data: Path, cache_folder: P
     elif damage == "empty":
         file.write_bytes(b"")
     elif damage == "other tensors":
-        save_file({"kept": torch.ones(1, dtype=torch.uint8)}, file)
+        save_file({"state": torch.ones(1, dtype=torch.uint8)}, file)
     else:
         images = torch.zeros(1, 16, 16, 1, dtype=torch.uint8)
-        save_file({"kept": torch.ones(1, dtype=torch.uint8), "images": images}, file)
+        about = {"fastgan": json.dumps({"classes": [], "crop": "none", "filter": "lanczos"})}
+        save_file({"state": torch.ones(1, dtype=torch.uint8), "images": images}, file, about)
     with pytest.warns(UserWarning) as caught:  # noqa: PT030
         images = load_images("data", 16)
     [warning] = caught
@@ -153,14 +158,13 @@ def test_a_set_that_fails_leaves_nothing_behind(data: Path, cache_folder: Path):
 
 
 def test_the_file_appears_in_the_cache_only_when_it_is_whole(tmp_path: Path):
-    path, image = tmp_path / "cache" / "x.safetensors", np.zeros((8, 8, 1), np.uint8)
+    path = tmp_path / "cache" / "x.safetensors"
 
-    def slow():
-        for _ in range(3):
-            assert not path.exists()
-            yield image
+    def picture(i: int) -> Image.Image:
+        assert not path.exists()
+        return noise(8)
 
-    cache.write(path, 3, image.shape, slow())
+    stored.write(path, Source("three", 3, picture, str, ""), Fit(8))
     assert files(path.parent) == [path]
 
 

@@ -1,27 +1,20 @@
-"""Decoded images on disk: one safetensors file a set, written once and mapped from then on.
+"""Decoded sets on disk, written once and mapped from then on: see `stored` for the file."""
 
-`kept` uint8 [M] has a 1 for each listed file that was decoded, `images` uint8 [N, H, W, C] has those.
-The file is written by hand, in order, because safetensors' own writer wants all tensors in memory, and
-N is not known before the last image: the header has a fixed size and is filled in at the end.
-"""
-
-import json
 import os
-import secrets
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from fastgan.checkpoint import load_tensors, save_tensors
+from fastgan.data.decode import Fit
+from fastgan.data.source import REASONS, Source, digest
+from fastgan.data.stored import KEPT, Stored, decoded, read, resized_with, write
 
-HEADER = 256  # bytes before the first tensor: the length (8, little-endian), then JSON padded with spaces
-
-Pixels = Iterator[np.ndarray | None]  # uint8 [H, W, C] of one listed file after the other; None: left out
-Stored = tuple[torch.Tensor, torch.Tensor]  # kept uint8 [M], images uint8 [N, H, W, C]
+LAYOUT = "2"  # raise it when decoding or the file changes, so that older files are not read
 
 
 def location(key: str) -> Path:
@@ -30,76 +23,41 @@ def location(key: str) -> Path:
     return Path(folder).expanduser() / f"{key}.safetensors"
 
 
-def load(path: Path, total: int, shape: tuple[int, int, int], pixels: Callable[[], Pixels]) -> Stored:
-    """The set at `path`: `total` listed files, images of `shape` [H, W, C]; made from `pixels` if need be."""
+def load(source: Source, fit: Fit, leave_out: Collection[str]) -> Stored:
+    """The decoded images of a source; from its file in the cache, which is made if need be."""
+    path = location(digest([LAYOUT, source.key, fit, *leave_out]))
     if os.path.exists(path):  # unlike path.exists(), False in a folder that may not be searched
         try:
-            return mapped(path, total, shape)
+            return checked(read(path), source, fit)
         except (OSError, SafetensorError, ValueError) as error:
             warnings.warn(f"ignored the damaged cache file {path} ({error}); it is made anew", stacklevel=2)
     try:
-        write(path, total, shape, pixels())
-        return mapped(path, total, shape)
+        write(path, source, fit, leave_out)
+        return checked(read(path), source, fit)
     except OSError as error:
         way_out = "set FASTGAN_CACHE to a folder with room"
         warnings.warn(f"no cache at {path.parent} ({error}): images stay in memory; {way_out}", stacklevel=2)
-    return in_memory(total, shape, pixels())
+    return in_memory(source, fit, leave_out)
 
 
-def mapped(path: Path, total: int, shape: tuple[int, int, int]) -> Stored:
-    """The tensors of a cache file, their pages read when touched. ValueError if they are not as expected."""
-    with safe_open(path, framework="pt") as file:
-        kept, images = file.get_tensor("kept"), file.get_tensor("images")
-    count = int(kept.sum())
-    if kept.shape != (total,) or images.shape != (count, *shape) or images.dtype != torch.uint8:
+def checked(stored: Stored, source: Source, fit: Fit) -> Stored:
+    if stored.state.shape != (source.count,) or stored.rows.shape[1:] != fit.shape:
         raise ValueError("unexpected shapes")
-    return kept, images
+    return stored
 
 
-def write(path: Path, total: int, shape: tuple[int, int, int], pixels: Pixels) -> None:
-    """Write a cache file that is either whole or absent, whatever happens meanwhile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(partial, "xb") as file:
-            file.seek(HEADER + total)
-            kept = np.zeros(total, np.uint8)
-            for i, image in enumerate(pixels):
-                if image is not None:
-                    file.write(image.tobytes())
-                    kept[i] = 1
-            file.seek(0)
-            file.write(header(total, (int(kept.sum()), *shape)))
-            file.write(kept.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def header(total: int, shape: tuple[int, int, int, int]) -> bytes:
-    """The first HEADER bytes of a cache file."""
-    end = total + int(np.prod(shape, dtype=np.int64))
-    entries = {
-        "kept": {"dtype": "U8", "shape": [total], "data_offsets": [0, total]},
-        "images": {"dtype": "U8", "shape": shape, "data_offsets": [total, end]},
-    }
-    length = HEADER - 8
-    return length.to_bytes(8, "little") + json.dumps(entries).encode().ljust(length)
-
-
-def in_memory(total: int, shape: tuple[int, int, int], pixels: Pixels) -> Stored:
-    """The same tensors without a file."""
-    kept, images = np.zeros(total, np.uint8), np.empty((total, *shape), np.uint8)
+def in_memory(source: Source, fit: Fit, leave_out: Collection[str]) -> Stored:
+    """The same without a file."""
+    state, rows = np.zeros(source.count, np.uint8), np.empty((source.count, *fit.shape), np.uint8)
     count = 0
-    for i, image in enumerate(pixels):
-        if image is not None:
-            images[count] = image
-            kept[i] = 1
+    for i, image in enumerate(decoded(source, fit, leave_out)):
+        if isinstance(image, np.ndarray):
+            rows[count] = image
             count += 1
-    return torch.from_numpy(kept), torch.from_numpy(images[:count])
+        state[i] = KEPT if isinstance(image, np.ndarray) else KEPT + 1 + REASONS.index(image)
+    labels = None if source.labels is None else source.labels[torch.from_numpy(state == KEPT)]
+    made = resized_with(source, fit)
+    return Stored(torch.from_numpy(rows[:count]), state, labels, source.classes, fit.crop, made)
 
 
 def remember(what: str, key: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -88,7 +88,9 @@ def load_digits(data: str, resolution: int, channels: int) -> ImageSet:
     # Floating point until the end: the filter overshoots at the edges, and 8 bits would wrap there.
     resized = [np.asarray(Image.fromarray(digit).resize(size, Image.Resampling.BICUBIC)) for digit in bright]
     gray = torch.from_numpy(np.stack(resized)).round().clamp(0, 255).to(torch.uint8)[:, None]
-    images = (FORMS[form](gray) if form else gray).expand(-1, channels, -1, -1)
+    images = (FORMS[form](gray) if form else gray).expand(-1, min(channels, 3), -1, -1)
+    if channels == 4:
+        images = torch.cat([images, torch.full_like(gray, 255)], dim=1)
     chosen = members(subset)
     rows = images.permute(0, 2, 3, 1)[chosen].contiguous()
     return ImageSet(rows.permute(0, 3, 1, 2), labels[chosen], tuple("0123456789"), data, filter="bicubic")

@@ -12,9 +12,17 @@ class ImageSet:
     images: torch.Tensor  # uint8 [N, C, H, W], on the CPU, possibly memory-mapped
     labels: torch.Tensor | None  # int64 [N]
     classes: tuple[str, ...]  # names of the classes; () without labels
-    name: str  # "digits" or the folder's path as given
-    skipped: tuple[str, ...] = ()  # files left out by skip_bad
+    name: str  # "digits" or the path as given
+    skipped: tuple[str, ...] = ()  # pictures left out by skip_bad
     filter: str = ""  # that the images were resized with; "" if that is not known
 
     def __len__(self) -> int:
         return self.images.shape[0]
+
+
+def empty_classes(labels: torch.Tensor | None, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """Classes that no image has."""
+    if labels is None:
+        return ()
+    counts = labels.bincount(minlength=len(classes)).tolist()
+    return tuple(name for name, count in zip(classes, counts, strict=True) if not count)
