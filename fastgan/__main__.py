@@ -2,7 +2,7 @@
 
 import sys
 
-from fastgan import doctor, evaluate, generate, profile, train
+from fastgan import doctor, evaluate, export, generate, profile, report, train
 
 COMMANDS = {
     "train": train.main,
@@ -10,6 +10,8 @@ COMMANDS = {
     "evaluate": evaluate.main,
     "profile": profile.main,
     "doctor": doctor.main,
+    "report": report.main,
+    "export": export.main,
 }
 
 

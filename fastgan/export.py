@@ -21,7 +21,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
@@ -109,7 +108,10 @@ def inputs(net: nn.Module, config: Config, count: int, device: torch.device) -> 
 
 
 def signature(net: nn.Module, config: Config) -> str:
-    shapes = (f"{k} [N, {', '.join(map(str, x.shape[1:]))}]" for k, x in inputs(net, config, 1, torch.device('cpu')).items())
+    shapes = (
+        f"{k} [N, {', '.join(map(str, x.shape[1:]))}]"
+        for k, x in inputs(net, config, 1, torch.device("cpu")).items()
+    )
     return f"takes {' and '.join(shapes)}, float32"
 
 

@@ -2,6 +2,9 @@
 
 config.json            every field of the configuration
 metrics.jsonl          a line a tick
+sessions.jsonl         a line for each start of the training: command and environment
+report.html            all of this on a page
+tensorboard/           event files, if asked for
 samples/  reals.png    grids of fixed latents, a grid of the data
 losses.png             the losses over the images seen
 checkpoints/           what resuming needs
@@ -13,17 +16,20 @@ import dataclasses
 import fcntl
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
+import numpy as np
 from torch import Tensor
 
 from fastgan.checkpoint import write
 from fastgan.config import Config, UsageError, changed_fields, flag
+from fastgan.images import save_image
 from fastgan.pretrained import Pretrained, read_own, write_own
 
-METRICS = "metrics.jsonl"
+METRICS, SESSIONS = "metrics.jsonl", "sessions.jsonl"
 BEST = "best.safetensors"
 Figures = dict[str, float]
 LOSS_PREFIXES = ("loss", "r1", "path")
@@ -57,6 +63,7 @@ class RunFolder:
         except UsageError:
             self.close()
             raise
+        self._events: Any = None  # a SummaryWriter
         (path / "samples").mkdir(exist_ok=True)
         (path / "checkpoints").mkdir(exist_ok=True)
         write(path / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
@@ -84,15 +91,41 @@ class RunFolder:
             )
 
     def close(self) -> None:
+        if self._events:
+            self._events.close()
         self._lock.close()  # releases the lock; the system does so too when the process dies
 
+    def record_session(self, session: dict[str, Any]) -> None:
+        """Add what is started to sessions.jsonl; "images" of it are those seen before."""
+        sessions = [*read_metrics(self.path / SESSIONS), session]
+        write(self.path / SESSIONS, "".join(json.dumps(line) + "\n" for line in sessions))
+
+    def open_events(self, images: int) -> None:
+        """Let `log` and `save_samples` write TensorBoard's event files as well, from `images` on; what they
+        hold beyond is void."""
+        from torch.utils.tensorboard import SummaryWriter  # here: the package is an extra
+
+        self._events = SummaryWriter(self.path / "tensorboard", purge_step=images + 1)
+
     def log(self, line: dict[str, Any]) -> None:
+        """A tick's figures, by the images seen."""
         with (self.path / METRICS).open("a") as file:
             file.write(json.dumps(line) + "\n")
+        if self._events:
+            for name, value in line.items():
+                if name != "images" and isinstance(value, int | float):
+                    self._events.add_scalar(name, value, line["images"])
+            self._events.flush()
+
+    def save_samples(self, images: int, grid: np.ndarray) -> None:
+        """A tick's sample grid uint8 [H, W, C]."""
+        save_image(self.path / "samples" / f"{images:09d}.png", grid)
+        if self._events:
+            self._events.add_image("samples", grid, images, dataformats="HWC")
+            self._events.flush()
 
     def read_log(self) -> list[dict[str, Any]]:
-        file = self.path / METRICS
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return read_metrics(self.path / METRICS)
 
     def best(self, better: Callable[[Figures, Figures | None], bool]) -> Figures | None:
         """Of all `metric_` figures in the log those that are `better` than the others, None without any."""
@@ -132,6 +165,26 @@ class RunFolder:
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(self.path / "losses.png", dpi=110)
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl up to the first that is damaged; none if there is no file."""
+    lines = []
+    for text in file.read_bytes().splitlines() if file.exists() else []:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(line, dict) or type(line.get("images")) is not int:
+            break
+        lines.append(line)
+    return lines
+
+
+def check_tensorboard() -> None:
+    """UsageError where TensorBoard is not installed."""
+    if find_spec("tensorboard") is None:
+        raise UsageError("--tensorboard needs a package: pip install 'fastgan[tensorboard]'")
 
 
 def save_generator(path: Path, state: dict[str, Tensor], config: Config, images: int) -> None:
