@@ -47,7 +47,7 @@ def environment(device: torch.device, precision: str) -> dict[str, str]:
         hardware = f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, {device}"
         driver = nvml.driver(device)
     else:
-        hardware, driver = "the processor", "none needed"
+        hardware, driver = "CPU", "none needed"
     variables = ", ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if _ours(k))
     inductor = cache_dir()
     return {
@@ -66,7 +66,7 @@ def environment(device: torch.device, precision: str) -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the clone that fastgan runs from, with "-dirty" where files differ from it; "" without one, or git."""
+    """Of the clone that fastgan runs from, "-dirty" if files differ from it; "" without a clone or git."""
     clone = Path(__file__).resolve().parents[1]
     if not (clone / ".git").exists():
         return ""

@@ -21,6 +21,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -76,7 +77,8 @@ def _main(argv: Sequence[str] | None) -> int:
     G.load_state_dict(weights)
     G.to(device).eval().requires_grad_(False)
     net = (G.a_to_b if args.to == "b" else G.b_to_a) if getattr(G, "translates", False) else G
-    program = trace(net, inputs(net, config, 2, device))
+    example = inputs(net, config, 2, device)
+    program = trace(net, example)
     metadata = json.dumps({"config": dataclasses.asdict(config)})
     handle, name = tempfile.mkstemp(prefix=f".{args.out.stem}.", suffix=args.out.suffix, dir=args.out.parent)
     os.close(handle)
@@ -91,11 +93,12 @@ def _main(argv: Sequence[str] | None) -> int:
     finally:
         partial.unlink(missing_ok=True)
     size = args.out.stat().st_size / 2**20
-    print(f"{args.out}: {size:.1f} MiB, within {error:.1g} of the network; {signature(net, config)}")
+    taken = " and ".join(f"{name} [N, {', '.join(map(str, x.shape[1:]))}]" for name, x in example.items())
+    print(f"{args.out}: {size:.1f} MiB, takes {taken}, float32; within {error:.1g} of the network")
     return 0
 
 
-def inputs(net: nn.Module, config: Config, count: int, device: torch.device) -> dict[str, Tensor]:
+def inputs(net: Any, config: Config, count: int, device: torch.device) -> dict[str, Tensor]:
     """Random arguments of `net` by name, for a batch of `count`."""
     generator = torch.Generator().manual_seed(count)
     if not hasattr(net, "z_dim"):  # a translator
@@ -105,14 +108,6 @@ def inputs(net: nn.Module, config: Config, count: int, device: torch.device) -> 
     if config.cond:
         given["c"] = one_hot(torch.arange(count, device=device) % config.c_dim, config.c_dim)
     return given
-
-
-def signature(net: nn.Module, config: Config) -> str:
-    shapes = (
-        f"{k} [N, {', '.join(map(str, x.shape[1:]))}]"
-        for k, x in inputs(net, config, 1, torch.device("cpu")).items()
-    )
-    return f"takes {' and '.join(shapes)}, float32"
 
 
 def trace(net: nn.Module, args: dict[str, Tensor]) -> torch.export.ExportedProgram:

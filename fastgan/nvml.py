@@ -98,7 +98,7 @@ class Sampler:
 
 
 class Meter:
-    """Power since it was last read, from the device's own energy counter; reads nothing where there is none."""
+    """Power since it was last read, from the device's energy counter; nothing where there is none."""
 
     def __init__(self, device: torch.device):
         self.nvml: ModuleType | None = None

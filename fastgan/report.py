@@ -7,6 +7,7 @@ pixels and stored as a JPEG.
 """
 
 import base64
+import dataclasses
 import functools
 import hashlib
 import html
@@ -25,7 +26,7 @@ from PIL import Image
 
 from fastgan import __version__, cli
 from fastgan.checkpoint import write as write_file
-from fastgan.config import UsageError, flag
+from fastgan.config import PRESETS, Config, UsageError, applies, flag
 from fastgan.run_folder import METRICS, SESSIONS, read_metrics
 
 POINTS, GRIDS, WARNINGS = 400, 24, 20
@@ -49,7 +50,7 @@ def parser() -> cli.Parser:
         "--out",
         type=Path,
         metavar="FILE",
-        help="page to write (default: report.html in the run's folder; of several runs, comparison.html here)",
+        help="page to write (default: report.html in the run's folder, or comparison.html here of several)",
     )
     return p
 
@@ -103,7 +104,7 @@ class Run:
         return self.folder.resolve().name
 
     def elapsed(self) -> list[float]:
-        """Seconds of training at each tick, over all sessions; a tick's own count from its session's start."""
+        """Seconds of training at each tick, over all sessions; a tick counts from its session's start."""
         starts = [session["images"] for session in self.sessions]
         total, last, images, times = 0.0, 0.0, 0, []
         for tick in self.ticks:
@@ -116,7 +117,7 @@ class Run:
 
     def grids(self) -> list[Path]:
         """Sample grids, at most GRIDS: with the newest last, those that stay when more are added."""
-        files = sorted((self.folder / "samples").glob("*.png"))
+        files = sorted(file for file in (self.folder / "samples").glob("*.png") if file.stem.isdecimal())
         stride = 1
         while len(files) > (GRIDS - 1) * stride:
             stride *= 2
@@ -206,6 +207,13 @@ def names(runs: Sequence[Run]) -> list[str]:
     return short if len(set(short)) == len(short) else [str(run.folder) for run in runs]
 
 
+def options(run: Run) -> dict[str, Any]:
+    """{flag: value} of those that mean something to the family; of a family that is not known, all."""
+    fields, arch = {field.name: field for field in dataclasses.fields(Config)}, str(run.config.get("arch"))
+    known = fields if arch in PRESETS else {}
+    return {flag(k): v for k, v in run.config.items() if k not in known or applies(known[k], arch)}
+
+
 def page(run: Run) -> str:
     """HTML on one run."""
     return _document(
@@ -221,7 +229,7 @@ def page(run: Run) -> str:
             *_charts([run]),
             *_sessions(run),
             "<h2>Options</h2>",
-            _pairs({flag(name): value for name, value in run.config.items()}),
+            _pairs(options(run)),
         ],
         [run],
     )
@@ -232,22 +240,17 @@ def comparison(runs: Sequence[Run]) -> str:
     parts = [f"<h1>{len(runs)} runs</h1>", '<div class="pictures">']
     for name, run in zip(names(runs), runs, strict=True):
         grids = run.grids()
-        picture = _picture(grids[-1], f"{_kimg(grids[-1])} kimg") if grids else "no samples yet"
-        parts.append(
-            f"<figure><h2>{_text(name)}</h2><p>{_text(_summary(run))}</p>{picture}"
-            f"<figcaption>last samples</figcaption></figure>"
-        )
+        picture = _picture(grids[-1], _about(grids[-1])) if grids else "<p>No samples yet.</p>"
+        about = f"<h2>{_text(name)}</h2><p>{_text(_summary(run))}</p>"
+        parts.append(f"<figure>{about}{picture}<figcaption>last samples</figcaption></figure>")
     parts.append("</div>")
     for name, run in zip(names(runs), runs, strict=True):
         parts += _warnings(run, name)
-    differing = [
-        key
-        for key in dict.fromkeys(key for run in runs for key in run.config)
-        if len({json.dumps(run.config.get(key)) for run in runs}) > 1
-    ]
-    rows = [[flag(key), *(run.config.get(key, "–") for run in runs)] for key in differing]
-    options = _table(["", *names(runs)], rows) if rows else "<p>All options are the same.</p>"
-    parts += ["<h2>Options that differ</h2>", options, *_metrics(runs), *_charts(runs)]
+    own = [options(run) for run in runs]
+    rows = [[key, *(o.get(key, "–") for o in own)] for key in dict.fromkeys(key for o in own for key in o)]
+    rows = [row for row in rows if any(value != row[1] for value in row[2:])]
+    table = _table(["", *names(runs)], rows) if rows else "<p>All options are the same.</p>"
+    parts += ["<h2>Options that differ</h2>", table, *_metrics(runs), *_charts(runs)]
     return _document(" · ".join(names(runs)), parts, runs)
 
 
@@ -286,22 +289,20 @@ def _warnings(run: Run, name: str = "") -> list[str]:
     return ['<div class="warnings">', *shown, "</div>"] if shown else []
 
 
-def _kimg(grid: Path) -> str:
-    return f"{int(grid.stem) / 1000:g}" if grid.stem.isdigit() else grid.stem
+def _about(grid: Path) -> str:
+    return f"samples after {int(grid.stem) / 1000:g} kimg"
 
 
 def _slider(run: Run) -> str:
     grids = run.grids()
     if not grids:
         return "<p>No samples yet.</p>"
-    pictures = [
-        _picture(grid, f"samples after {_kimg(grid)} kimg", hidden=grid is not grids[-1]) for grid in grids
-    ]
+    pictures = [_picture(grid, _about(grid), hidden=grid is not grids[-1]) for grid in grids]
     last = len(grids) - 1
     return (
-        f'<figure id="grids">{"".join(pictures)}<input type="range" id="tick" min="0" max="{last}" '
-        f'value="{last}" aria-label="sample grids"><figcaption id="shown">samples after {_kimg(grids[-1])} kimg'
-        "</figcaption></figure>"
+        f'<figure id="grids">{"".join(pictures)}'
+        f'<input type="range" id="tick" min="0" max="{last}" value="{last}" aria-label="sample grids">'
+        f'<figcaption id="shown">{_text(_about(grids[-1]))}</figcaption></figure>'
     )
 
 
@@ -365,7 +366,8 @@ def _charts(runs: Sequence[Run]) -> list[str]:
         '<div class="tools"><label>over <select id="axis"><option value="kimg">images</option>'
         '<option value="seconds">time</option></select></label>'
         '<label><input type="checkbox" id="log">logarithmic</label>'
-        '<label>smoothing <input type="range" id="smooth" min="0" max="0.98" step="0.02" value="0"></label></div>',
+        '<label>smoothing <input type="range" id="smooth" min="0" max="0.98" step="0.02" value="0"></label>'
+        "</div>",
         '<noscript><p>The curves are drawn by a script.</p></noscript><div class="charts" id="charts"></div>',
     ]
 
