@@ -42,7 +42,7 @@ def parser() -> cli.Parser:
     p = cli.Parser(prog="fastgan export", description=__doc__, formatter_class=cli.Prose)
     p.add_argument("run", type=Path, metavar="RUN", help="folder of a run, or a generator.safetensors")
     p.add_argument("out", type=Path, metavar="OUT", help="file to write: .onnx, or .pt2 for AOTInductor")
-    p.add_argument("--to", choices=("a", "b"), default="b", help="of CycleGAN: domain to translate to")
+    p.add_argument("--to", choices=("a", "b"), help="of CycleGAN: domain to translate to (default: b)")
     p.add_argument(
         "--precision",
         choices=("fp32", "bf16"),
@@ -74,9 +74,17 @@ def _main(argv: Sequence[str] | None) -> int:
     config = dataclasses.replace(config, precision=args.precision)
     _, device = resolve_device(dataclasses.replace(config, device="cpu" if onnx else args.device))
     G = build_generator(config)
-    G.load_state_dict(weights)
+    try:
+        G.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UsageError(f"{args.run} does not fit its own config: {str(error).splitlines()[-1]}") from None
     G.to(device).eval().requires_grad_(False)
-    net = (G.a_to_b if args.to == "b" else G.b_to_a) if getattr(G, "translates", False) else G
+    if not getattr(G, "translates", False):
+        if args.to:
+            raise UsageError(f"--to: --arch {config.arch} translates nothing; leave it out")
+        net = G
+    else:
+        net = G.b_to_a if args.to == "a" else G.a_to_b
     example = inputs(net, config, 2, device)
     program = trace(net, example)
     metadata = json.dumps({"config": dataclasses.asdict(config)})

@@ -250,7 +250,7 @@ def comparison(runs: Sequence[Run]) -> str:
     rows = [[key, *(o.get(key, "–") for o in own)] for key in dict.fromkeys(key for o in own for key in o)]
     rows = [row for row in rows if any(value != row[1] for value in row[2:])]
     table = _table(["", *names(runs)], rows) if rows else "<p>All options are the same.</p>"
-    parts += ["<h2>Options that differ</h2>", table, *_metrics(runs), *_charts(runs)]
+    parts += [*_metrics(runs), *_charts(runs), "<h2>Options that differ</h2>", table]
     return _document(" · ".join(names(runs)), parts, runs)
 
 
@@ -272,7 +272,7 @@ def _summary(run: Run) -> str:
     )
     if run.ticks:
         rate = run.ticks[-1].get("images_per_second")
-        said += f" in {cli.duration(run.elapsed()[-1])}" + (f", now {rate:.0f} images/s" if rate else "")
+        said += f" in {cli.duration(run.elapsed()[-1])}" + (f", last {rate:.0f} images/s" if rate else "")
     return said
 
 
