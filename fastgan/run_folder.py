@@ -46,6 +46,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: Config):
         self.path = path
+        self._events: Any = None  # a SummaryWriter
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / ".lock").open("a")
@@ -63,7 +64,6 @@ class RunFolder:
         except UsageError:
             self.close()
             raise
-        self._events: Any = None  # a SummaryWriter
         (path / "samples").mkdir(exist_ok=True)
         (path / "checkpoints").mkdir(exist_ok=True)
         write(path / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")

@@ -32,7 +32,7 @@ def saved(path: Path, arch: str, **options: Any) -> tuple[Any, Config]:
 def outputs(file: Path, **args: torch.Tensor) -> np.ndarray:
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     assert [given.name for given in session.get_inputs()] == [*args]
-    return session.run(None, {name: x.numpy() for name, x in args.items()})[0]
+    return np.asarray(session.run(None, {name: x.numpy() for name, x in args.items()})[0])
 
 
 def close(a: np.ndarray, b: torch.Tensor) -> bool:
@@ -117,16 +117,16 @@ def test_every_family_as_onnx(arch: str, tmp_path: Path):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_package(precision: str, tmp_path: Path):
-    """What AOTInductor makes of operators that fastgan registers holds none of them."""
-    G, config = saved(tmp_path / "g.safetensors", "r3gan", precision=precision)
+def test_package(tmp_path: Path):
+    """R3GAN has operators of its own, which Inductor rounds otherwise in bf16."""
+    G, config = saved(tmp_path / "g.safetensors", "r3gan", precision="bf16")
     file = tmp_path / "g.pt2"
-    command = [str(tmp_path / "g.safetensors"), str(file), "--precision", precision, "--device", "cpu"]
+    command = [str(tmp_path / "g.safetensors"), str(file), "--precision", "bf16", "--device", "cpu"]
     assert export.main(command) == 0
     package = torch._inductor.aoti_load_package(str(file))
     for count in (1, 2, 7):
         z = torch.randn(count, G.z_dim)
-        images = package(z=z)
-        assert torch.allclose(images, G(z), atol=1e-5 if precision == "fp32" else 0.1)
+        images, wanted = package(z=z), G(z)
+        assert images.shape == wanted.shape and images.dtype == torch.float32
+        assert (images - wanted).abs().max() < 0.03 * wanted.abs().max()
     assert Config(**json.loads(package.get_metadata()["fastgan"])["config"]) == config

@@ -158,12 +158,9 @@ def test_a_phone_and_the_dark(browser: Browser, tmp_path: Path):
 
 
 def test_nothing_in_a_run_is_taken_for_html(browser: Browser, tmp_path: Path):
-    folder = make_run(
-        tmp_path / "<b>run",
-        data=EVIL,
-        sessions=[{"images": 0, "command": EVIL, "folder": EVIL, "environment": {EVIL: EVIL}}],
-        **{EVIL: EVIL},
-    )
+    evil: dict[str, Any] = {EVIL: EVIL, "data": EVIL}
+    session = {"images": 0, "command": EVIL, "folder": EVIL, "environment": evil}
+    folder = make_run(tmp_path / "<b>run", sessions=[session], **evil)
     change_ticks(folder, warning={1: EVIL}, **{EVIL: {1: 1.0}, f"metric_{EVIL}": {1: 1.0}})
     report.write(folder)
     other = make_run(tmp_path / "other")
