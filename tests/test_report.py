@@ -142,7 +142,7 @@ def test_a_phone_and_the_dark(browser: Browser, tmp_path: Path):
     change_ticks(folders[0], warning={1: long}, **{"metric_" + long: {1: 1.0}})
     report.write(folders[0])
     assert report.main([*map(str, folders), "--out", str(tmp_path / "both.html")]) == 0
-    papers = set()
+    light = []
     for page in (folders[0] / "report.html", tmp_path / "both.html"):
         for dark in (False, True):
             browser.requests.clear()
@@ -152,9 +152,13 @@ def test_a_phone_and_the_dark(browser: Browser, tmp_path: Path):
                 browser.run("Math.max(...[...document.querySelectorAll('svg')].map((e) => e.clientWidth))")
                 < 390
             )
-            papers.add((dark, browser.run("getComputedStyle(document.body).backgroundColor")))
+            style = browser.run(
+                "(() => { const s = getComputedStyle(document.body); return [s.backgroundColor, s.color] })()"
+            )
+            paper, ink = (int(color.removeprefix("rgb(").partition(",")[0]) for color in style)
+            light.append(paper > ink)
             assert_at_peace(browser)
-    assert len(papers) == 2
+    assert light == [True, False, True, False]
 
 
 def test_nothing_in_a_run_is_taken_for_html(browser: Browser, tmp_path: Path):
