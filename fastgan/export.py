@@ -102,7 +102,7 @@ def _main(argv: Sequence[str] | None) -> int:
         partial.unlink(missing_ok=True)
     size = args.out.stat().st_size / 2**20
     taken = " and ".join(f"{name} [N, {', '.join(map(str, x.shape[1:]))}]" for name, x in example.items())
-    print(f"{args.out}: {size:.1f} MiB, takes {taken}, float32; within {error:.1g} of the network")
+    print(f"{args.out}: {size:.3g} MiB, takes {taken}, float32; within {error:.1g} of the network")
     return 0
 
 
