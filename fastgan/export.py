@@ -28,11 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
 
-from fastgan import cli
+from fastgan import cli, pretrained
 from fastgan.checkpoint import write
-from fastgan.config import Config, UsageError, build_generator, resolve_device
+from fastgan.config import Config, UsageError
 from fastgan.engine import one_hot
-from fastgan.run_folder import load_generator
 
 OPSET = 18  # ONNX Runtime runs it from 1.14 on
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # of the largest value
@@ -40,7 +39,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # of the largest value
 
 def parser() -> cli.Parser:
     p = cli.Parser(prog="fastgan export", description=__doc__, formatter_class=cli.Prose)
-    p.add_argument("run", type=Path, metavar="RUN", help="folder of a run, or a generator.safetensors")
+    p.add_argument("run", type=Path, metavar="RUN", help="folder of a run, or a file of weights")
     p.add_argument("out", type=Path, metavar="OUT", help="file to write: .onnx, or .pt2 for AOTInductor")
     p.add_argument("--to", choices=("a", "b"), help="of CycleGAN: domain to translate to (default: b)")
     p.add_argument(
@@ -70,24 +69,18 @@ def _main(argv: Sequence[str] | None) -> int:
         for package in ("onnx", "onnxscript", "onnxruntime"):
             if importlib.util.find_spec(package) is None:
                 raise UsageError(f"exporting to ONNX needs {package}: pip install 'fastgan[export]'")
-    weights, config = load_generator(args.run)
-    config = dataclasses.replace(config, precision=args.precision)
-    _, device = resolve_device(dataclasses.replace(config, device="cpu" if onnx else args.device))
-    G = build_generator(config)
-    try:
-        G.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UsageError(f"{args.run} does not fit its own config: {str(error).splitlines()[-1]}") from None
-    G.to(device).eval().requires_grad_(False)
-    if not getattr(G, "translates", False):
-        if args.to:
-            raise UsageError(f"--to: --arch {config.arch} translates nothing; leave it out")
-        net = G
-    else:
-        net = G.b_to_a if args.to == "a" else G.a_to_b
+    networks = pretrained.read(args.run)
+    config = dataclasses.replace(networks.config, precision=args.precision)
+    networks = dataclasses.replace(networks, config=config)
+    net = pretrained.build(networks, device="cpu" if onnx else args.device).net
+    if getattr(net, "translates", False):
+        net = net.b_to_a if args.to == "a" else net.a_to_b
+    elif args.to:
+        raise UsageError(f"--to: --arch {config.arch} translates nothing; leave it out")
+    device = next(net.parameters()).device
     example = inputs(net, config, 2, device)
     program = trace(net, example)
-    metadata = json.dumps({"config": dataclasses.asdict(config)})
+    metadata = json.dumps({"config": dataclasses.asdict(config), "images": networks.images})
     handle, name = tempfile.mkstemp(prefix=f".{args.out.stem}.", suffix=args.out.suffix, dir=args.out.parent)
     os.close(handle)
     partial = Path(name)

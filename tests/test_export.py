@@ -81,7 +81,7 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     for argv, words in (
         ([weights, tmp_path / "g.pth"], ["g.pth", ".onnx or .pt2"]),
         ([weights, tmp_path / "gone" / "g.onnx"], ["gone", "no folder"]),
-        ([tmp_path / "gone", tmp_path / "g.onnx"], ["gone", "does not exist"]),
+        ([tmp_path / "gone.safetensors", tmp_path / "g.onnx"], ["gone", "does not exist"]),
         ([weights, tmp_path / "g.onnx", "--precision", "bf16"], ["bf16", ".pt2"]),
         ([weights, tmp_path / "g.onnx", "--to", "a"], ["--to", "dcgan"]),
     ):
