@@ -35,8 +35,8 @@ from PIL import Image, ImageDraw, ImageFont
 from bench import families, judge
 from bench.families import SECONDS, Figures, required
 from fastgan import cli
+from fastgan.cli import duration
 from fastgan.config import PRESETS, UsageError
-from fastgan.train import duration
 
 JUDGED = ("accepted", "entropy", "spread", "frechet", "asked", "tstr", "same")
 HEADS = ("`--arch`", *JUDGED[:5], "TSTR", "same", "kimg", "images/s", "time", "met")

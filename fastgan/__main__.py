@@ -2,7 +2,7 @@
 
 import sys
 
-from fastgan import doctor, evaluate, generate, prepare, profile, train
+from fastgan import doctor, evaluate, export, generate, prepare, profile, report, train
 
 COMMANDS = {
     "train": train.main,
@@ -11,6 +11,8 @@ COMMANDS = {
     "evaluate": evaluate.main,
     "profile": profile.main,
     "doctor": doctor.main,
+    "report": report.main,
+    "export": export.main,
 }
 
 

@@ -46,3 +46,9 @@ def run(body: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None)
     except UsageError as error:
         print(f"fastgan: {error}", file=sys.stderr)
         return 2
+
+
+def duration(seconds: float) -> str:
+    """3m05s, or 12s below a minute."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

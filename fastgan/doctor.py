@@ -8,6 +8,7 @@ themselves in float64. (Under TRITON_INTERPRET=1 a CPU compares the kernels too,
 import dataclasses
 import os
 import platform
+import subprocess
 import sys
 import time
 import warnings
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from fastgan import cli, nvml
+from fastgan import __version__, cli, nvml
 from fastgan.config import make_config, resolve_device
 from fastgan.kernels.dispatch import Op, cache_file, deviation, interpreting, versions
 from fastgan.operations import calls
@@ -46,13 +47,15 @@ def environment(device: torch.device, precision: str) -> dict[str, str]:
         hardware = f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, {device}"
         driver = nvml.driver(device)
     else:
-        hardware, driver = f"{_processor()}, {os.cpu_count()} cores", "none needed"
+        hardware, driver = "CPU", "none needed"
     variables = ", ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if _ours(k))
     inductor = cache_dir()
     return {
+        "fastgan": f"{__version__}, commit {clone}" if (clone := commit()) else __version__,
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": versions(device).partition(", ")[2],
+        "processor": f"{_processor()}, {os.cpu_count()} cores",
         "device": hardware,
         "driver": driver,
         "precision": precision,
@@ -60,6 +63,18 @@ def environment(device: torch.device, precision: str) -> dict[str, str]:
         "caches": f"{cache_file(device).parent}, {inductor}",
         "variables": variables or "none set",
     }
+
+
+def commit() -> str:
+    """Of the clone that fastgan runs from, "-dirty" if files differ from it; "" without a clone or git."""
+    clone = Path(__file__).resolve().parents[1]
+    if not (clone / ".git").exists():
+        return ""
+    command = ["git", "-C", str(clone), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def _processor() -> str:

@@ -61,7 +61,7 @@ class Sampler:
         self._thread = threading.Thread(target=self._sample, name="nvml", daemon=True)
 
     def __enter__(self) -> "Sampler":
-        self._energy, self._start = self._millijoules(), time.perf_counter()
+        self._energy, self._start = millijoules(self.nvml, self.handle), time.perf_counter()
         self._thread.start()
         return self
 
@@ -69,7 +69,7 @@ class Sampler:
         self._stop.set()
         self._thread.join()
         self.seconds = time.perf_counter() - self._start
-        after = self._millijoules()
+        after = millijoules(self.nvml, self.handle)
         if self._energy is not None and after is not None:
             self.joules = (after - self._energy) / 1000
         elif self.samples["power_watts"]:  # no energy counter before Volta
@@ -96,8 +96,32 @@ class Sampler:
             if self._stop.wait(self.interval):
                 return
 
-    def _millijoules(self) -> int | None:
+
+class Meter:
+    """Power since it was last read, from the device's energy counter; nothing where there is none."""
+
+    def __init__(self, device: torch.device):
+        self.nvml: ModuleType | None = None
         try:
-            return self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)
-        except self.nvml.NVMLError:
-            return None
+            self.nvml, self.handle = connect(device)
+        except Unavailable:
+            return
+        self.last = time.perf_counter(), millijoules(self.nvml, self.handle)
+
+    def read(self) -> dict[str, float]:
+        """{"power_watts": mean since the last reading}, or nothing."""
+        if self.nvml is None:
+            return {}
+        (then, before), self.last = self.last, (time.perf_counter(), millijoules(self.nvml, self.handle))
+        now, after = self.last
+        if before is None or after is None:
+            return {}
+        return {"power_watts": round((after - before) / 1000 / (now - then), 1)}
+
+
+def millijoules(nvml: ModuleType, handle: Any) -> int | None:
+    """That the device has used since its driver was loaded; None if it does not count."""
+    try:
+        return nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except nvml.NVMLError:
+        return None

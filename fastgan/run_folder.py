@@ -2,6 +2,9 @@
 
 config.json            every field of the configuration
 metrics.jsonl          a line a tick
+sessions.jsonl         a line for each start of the training: command and environment
+report.html            all of this on a page
+tensorboard/           event files, if asked for
 samples/  reals.png    grids of fixed latents, a grid of the data
 losses.png             the losses over the images seen
 checkpoints/           what resuming needs
@@ -18,17 +21,20 @@ import json
 import os
 import socket
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
+import numpy as np
 from torch import Tensor
 
 from fastgan.checkpoint import clear_unfinished, load_tensors, write
 from fastgan.config import Config, UsageError, changed_fields, flag
+from fastgan.images import save_image
 from fastgan.pretrained import Pretrained, read_own, write_own
 
-METRICS = "metrics.jsonl"
+METRICS, SESSIONS = "metrics.jsonl", "sessions.jsonl"
 BEST = "best.safetensors"
 Figures = dict[str, float]
 LOSS_PREFIXES = ("loss", "r1", "path")
@@ -49,6 +55,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: Config):
         self.path = path
+        self._events: Any = None  # a SummaryWriter
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / ".lock").open("a+")
@@ -109,13 +116,40 @@ class RunFolder:
             )
 
     def close(self) -> None:
+        if self._events:
+            self._events.close()
         self._lock.close()  # releases the lock; the system does so too when the process dies
 
+    def record_session(self, session: dict[str, Any]) -> None:
+        """Add what is started to sessions.jsonl; "images" of it are those seen before."""
+        sessions = [*read_lines(self.path / SESSIONS), session]
+        write(self.path / SESSIONS, "".join(json.dumps(line) + "\n" for line in sessions))
+
+    def open_events(self, images: int) -> None:
+        """Let `log` and `save_samples` write TensorBoard's event files as well, from `images` on; what they
+        hold beyond is void."""
+        from torch.utils.tensorboard import SummaryWriter  # here: the package is an extra
+
+        self._events = SummaryWriter(self.path / "tensorboard", purge_step=images + 1)
+
     def log(self, line: dict[str, Any]) -> None:
+        """A tick's figures, by the images seen."""
         with (self.path / METRICS).open("a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())  # a checkpoint that is on disk has its log there, too
+        if self._events:
+            for name, value in line.items():
+                if name != "images" and isinstance(value, int | float):
+                    self._events.add_scalar(name, value, line["images"])
+            self._events.flush()
+
+    def save_samples(self, images: int, grid: np.ndarray) -> None:
+        """A tick's sample grid uint8 [H, W, C]."""
+        save_image(self.path / "samples" / f"{images:09d}.png", grid)
+        if self._events:
+            self._events.add_image("samples", grid, images, dataformats="HWC")
+            self._events.flush()
 
     def read_log(self) -> list[dict[str, Any]]:
         return read_metrics(self.path / METRICS)
@@ -157,6 +191,13 @@ class RunFolder:
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl up to the first that is damaged; none if there is no file."""
+    lines = read_lines(file)
+    whole = [all(isinstance(v, int | float) for k, v in line.items() if k != "warning") for line in lines]
+    return lines[: whole.index(False)] if False in whole else lines
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """JSON objects with a count of images, a line each, up to the first that is damaged."""
     lines = []
     for text in file.read_bytes().splitlines() if file.exists() else []:
         try:
@@ -165,10 +206,14 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
             break
         if not isinstance(line, dict) or type(line.get("images")) is not int:
             break
-        if not all(isinstance(v, int | float) for k, v in line.items() if k != "warning"):
-            break
         lines.append(line)
     return lines
+
+
+def check_tensorboard() -> None:
+    """UsageError where TensorBoard is not installed."""
+    if find_spec("tensorboard") is None:
+        raise UsageError("--tensorboard needs a package: pip install 'fastgan[tensorboard]'")
 
 
 def save_generator(path: Path, state: dict[str, Tensor], config: Config, images: int) -> None:

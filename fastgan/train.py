@@ -4,10 +4,12 @@ import dataclasses
 import errno
 import os
 import resource
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,8 +18,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fastgan import cli, estimate, fit, precompile
+from fastgan import cli, doctor, estimate, fit, nvml, precompile, report
 from fastgan.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from fastgan.cli import duration
 from fastgan.config import Config, UsageError, make_config, resolve_device
 from fastgan.data import Feed, PairFeed, images_for
 from fastgan.data.images import empty_classes
@@ -25,7 +28,14 @@ from fastgan.engine import Engine
 from fastgan.evaluate import Evaluator
 from fastgan.health import RETRIES, TICKS, Trouble, collapse, diagnosis, spread
 from fastgan.images import grid, save_image, side_by_side, to_uint8
-from fastgan.run_folder import BEST, RunFolder, new_run_dir, restore_generator, save_generator
+from fastgan.run_folder import (
+    BEST,
+    RunFolder,
+    check_tensorboard,
+    new_run_dir,
+    restore_generator,
+    save_generator,
+)
 
 GRID = 64  # images of a sample grid
 
@@ -36,6 +46,9 @@ def parser() -> cli.Parser:
         description="Train a GAN. Rerun the same command with the same --run-dir to resume it.",
     )
     p.add_argument("--run-dir", type=Path, help="folder of the run (default: a new one under runs/)")
+    p.add_argument(
+        "--tensorboard", action="store_true", help="write TensorBoard's event files, too, to its sub-folder"
+    )
     p.add_config(batch=batch_or_auto)
     return p
 
@@ -50,11 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     given = vars(parser().parse_args(argv))
-    run_dir = given.pop("run_dir")
+    run_dir, tensorboard = given.pop("run_dir"), given.pop("tensorboard")
+    if tensorboard:
+        check_tensorboard()
     if given.get("batch") == "auto":
         given["batch"] = find_batch(given, run_dir)
     config, device = resolve_device(make_config(**given))
-    return train(config, device, run_dir or new_run_dir(config))
+    command = shlex.join(["python", "-m", "fastgan.train", *(sys.argv[1:] if argv is None else argv)])
+    return train(config, device, run_dir or new_run_dir(config), command, tensorboard)
 
 
 def find_batch(given: dict[str, Any], run_dir: Path | None) -> int:
@@ -123,11 +139,6 @@ class Progress:
         self.bar.close()
 
 
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
-
-
 def cpu_seconds() -> float:
     """That this process, on all its threads, and what it has started and waited for have computed."""
     uses = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -178,6 +189,17 @@ def disk_full(run_dir: Path, error: OSError) -> str:
     )
 
 
+def session(engine: Engine, command: str) -> dict[str, Any]:
+    """What the report says on this start of the training."""
+    return {
+        "images": engine.images,
+        "time": datetime.now().astimezone().isoformat(" ", "seconds"),
+        "command": command,
+        "folder": os.getcwd(),
+        "environment": doctor.environment(engine.device, engine.config.precision),
+    }
+
+
 def open_data(config: Config, device: torch.device) -> tuple[Config, Feed | PairFeed, str]:
     """The config, now with the number of classes, the feed, and a line on what it holds."""
     sets = [images_for(config, name) for name in (config.data, config.data_b)[: config.domains]]
@@ -201,8 +223,8 @@ def enumerated(classes: Sequence[str]) -> str:
     return f"{len(classes)} class{'es' * (len(classes) > 1)} ({shown})"
 
 
-def train(config: Config, device: torch.device, run_dir: Path) -> int:
-    """Run or resume `config` in `run_dir`; returns the exit code."""
+def train(config: Config, device: torch.device, run_dir: Path, command: str, tensorboard: bool) -> int:
+    """Run or resume `config` in `run_dir`; returns the exit code. `command` is what the report says."""
     config, feed, about = open_data(config, device)
     judge = Evaluator.of_run(config, device) if config.metrics and config.eval_every > 0 else None
     folder = RunFolder(run_dir, config)
@@ -216,6 +238,9 @@ def train(config: Config, device: torch.device, run_dir: Path) -> int:
             engine.load_state(*checkpoint)
             restore_generator(run_dir / "generator.safetensors", *checkpoint, config)
         folder.rewind_log(engine.images)
+        folder.record_session(session(engine, command))
+        if tensorboard:
+            folder.open_events(engine.images)
         progress = Progress(config.images, min(engine.images, config.images))
         engine.announce = progress.say
         progress.say(f"{config.arch} on {about}: {run_dir}")
@@ -223,6 +248,7 @@ def train(config: Config, device: torch.device, run_dir: Path) -> int:
             progress.say(f"resuming at {engine.images / 1000:.1f} kimg")
         reals = feed.batch(0, min(GRID, feed.count))[0]
         save_image(run_dir / "reals.png", picture(config, reals / 127.5 - 1))
+        report.write(run_dir)
         return _loop(config, engine, feed, reals, folder, judge, stop, progress)
     except (RuntimeError, MemoryError) as error:
         if not fit.ran_out(error):
@@ -256,6 +282,7 @@ def _loop(
     progress: Progress,
 ) -> int:
     latents = torch.randn(GRID, engine.G.z_dim, generator=torch.Generator().manual_seed(config.seed))
+    power = nvml.Meter(engine.device)
     first, began = engine.images, time.perf_counter()
     tick_first, tick_began, tick_compiling = first, began, 0.0
     best = folder.best(judge.better) if judge else None
@@ -297,6 +324,7 @@ def _loop(
                 "images_per_second": round(rate, 2),
                 **losses,
                 "memory_mib": peak_memory_mib(engine.device),
+                **power.read(),
             }
             if judge and crossed(engine.images, config.step_images, config.tick_kimg * config.eval_every):
                 engine.settle()
@@ -317,8 +345,8 @@ def _loop(
             recent = [*recent, line][1 - TICKS :]
             folder.log(line)
             progress.tick(line, (config.images - engine.images) / rate, losses)
-            name = f"{engine.images:09d}.png"
-            save_image(folder.path / "samples" / name, grid(samples))
+            folder.save_samples(engine.images, grid(samples))
+            report.write(folder.path)
             tick_first, tick_began, tick_compiling = engine.images, time.perf_counter(), engine.compiling
         if regular:
             engine.retries = 0  # a stop between two checkpoints changes no noise
@@ -345,6 +373,7 @@ def _loop(
             f"of which {duration(engine.compiling)} compiling: "
             f"{trained / training:.0f} images/s, {1000 * training / trained:.2f} s/kimg"
         )
+    print(f"report:   {folder.path / 'report.html'}")
     print(f"pictures: {folder.path / 'samples'}")
     if best:
         print(f"best:     {folder.path / BEST}")

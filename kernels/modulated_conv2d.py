@@ -311,7 +311,8 @@ def modulated_conv2d(
     pads = parse_padding(padding)
     size = output_size(x, weight, resample_filter, up, down, pads)
     if noise is not None:
-        allowed = [{1, x.shape[0]}, {1, weight.shape[0]}, {1, size[0]}, {1, size[1]}][4 - noise.ndim :]
+        # Tuples, for a size that torch.export leaves open is not hashable.
+        allowed = [(1, x.shape[0]), (1, weight.shape[0]), (1, size[0]), (1, size[1])][4 - noise.ndim :]
         if noise.ndim > 4 or any(n not in a for n, a in zip(noise.shape, allowed, strict=True)):
             raise ValueError(
                 f"noise must be [{x.shape[0]}, 1, {size[0]}, {size[1]}] or [{size[0]}, {size[1]}]: "

@@ -215,6 +215,16 @@ def test_nvml_is_sampled_in_the_background(gpu: Any, counter: bool):
     assert summary["joules_per_image"] == pytest.approx(summary["joules"] / 10, abs=0.01)
 
 
+def test_power_between_readings(gpu: Any):
+    meter = nvml.Meter(torch.device("cuda"))
+    for _ in range(2):
+        time.sleep(0.1)
+        assert meter.read() == {"power_watts": pytest.approx(100, rel=0.05)}
+    gpu.nvmlDeviceGetTotalEnergyConsumption = gpu.nvmlDeviceGetTemperature
+    assert meter.read() == {}
+    assert nvml.Meter(torch.device("cpu")).read() == {}
+
+
 def test_without_a_driver_nvml_says_so(gpu: Any):
     gpu.nvmlInit = gpu.nvmlDeviceGetTemperature
     with pytest.raises(nvml.Unavailable, match="not supported; no power"):

@@ -61,7 +61,7 @@ def test_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     names = {p.name for p in finished.iterdir()}
     assert names == {
         *(".lock", "config.json", "metrics.jsonl", "samples", "reals.png", "losses.png"),
-        *("checkpoints", "generator.safetensors"),
+        *("checkpoints", "generator.safetensors", "sessions.jsonl", "report.html"),
     }
     config = json.loads((finished / "config.json").read_text())
     assert Config(**config).resolution == 8
