@@ -76,6 +76,21 @@ def test_a_folder_with_dataset_json(data: Path):
     assert load_images("data", 16).classes == ()
 
 
+def test_classes_of_a_dataset_json_are_called_by_their_folders_if_those_are_theirs(data: Path):
+    def classes(*given: tuple[str, int]) -> tuple[str, ...]:
+        entries: dict[str, Any] = {name: noise(16) for name, _ in given}
+        images = load_images(pack(entries | {"dataset.json": {"labels": list(given)}}), 16)
+        assert labels_of(images) == [label for _, label in sorted(given)]
+        return images.classes
+
+    assert classes(("dog/1.png", 0), ("cat/1.png", 1), ("cat/2.png", 1)) == ("dog", "cat")
+    assert classes(("dog/1.png", 0), ("cat/1.png", 1), ("dog/2.png", 1)) == ("0", "1")
+    assert classes(("dog/1.png", 0), ("cat/1.png", 0), ("cow/1.png", 1)) == ("0", "1")
+    assert classes(("dog/1.png", 0), ("cat/1.png", 2)) == ("0", "1", "2")
+    assert classes(("dog/1.png", 0), ("1.png", 1)) == ("0", "1")
+    assert classes(("00000/1.png", 0), ("00000/2.png", 0)) == ("0",)
+
+
 def test_a_zip_of_class_folders(data: Path):
     entries = {
         "dog/1.png": noise(16, seed=1),

@@ -59,11 +59,20 @@ def is_pair(pair: Any) -> bool:
     return isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and type(pair[1]) is int
 
 
+def folder_names(labels: dict[str, int], count: int) -> tuple[str, ...]:
+    """Names of `count` >= 2 classes, if each of them has a folder to itself; else none."""
+    pairs = sorted({(label, name.split("/")[0] if "/" in name else "") for name, label in labels.items()})
+    folders = tuple(folder for _, folder in pairs)
+    apart = [label for label, _ in pairs] == list(range(count)) and len(set(folders)) == count > 1
+    return folders if apart and "" not in folders else ()
+
+
 class Matched:
     """Names of images matched with the labels of a dataset.json.
 
     `names` are those of both, sorted; `check(i)` raises Unfit for an image without a label and for a label
-    without an image; `numbers` and `classes` are as in Source.
+    without an image; `numbers` and `classes` are as in Source, classes being called by their folders where
+    each has one to itself, and else by their numbers.
     """
 
     def __init__(self, found: list[str], labels: dict[str, int], data: str):
@@ -71,7 +80,8 @@ class Matched:
         self.names = sorted(self.found | labels.keys())
         known = np.array([labels.get(name, -1) for name in self.names], dtype=object)
         given = np.array([labels[name] for name in self.names if name in labels], dtype=object)
-        _, self.classes = numbered(given, f"{FILE} of {data}")
+        _, numbers = numbered(given, f"{FILE} of {data}")
+        self.classes = folder_names(labels, len(numbers)) or numbers
         self.numbers = torch.from_numpy(known.astype(np.int64)) if self.classes else None
 
     def check(self, i: int) -> None:
