@@ -13,7 +13,7 @@ from golden_cases import Case, golden
 from torch import Tensor, nn
 
 from fastgan import losses
-from fastgan.convert import cyclegan_discriminator, cyclegan_generator
+from fastgan.public import cyclegan_discriminator, cyclegan_generator
 from fastgan.losses import gradient_penalty, gradient_square, least_squares_d, least_squares_g
 from fastgan.models import cogan, cyclegan
 from fastgan.pool import Pool, from_pool

@@ -5,7 +5,7 @@ import torch
 from golden_cases import Case, golden
 from torch import Tensor, nn
 
-from fastgan.convert import rosinality_discriminator, rosinality_generator
+from fastgan.public import rosinality_discriminator, rosinality_generator
 from fastgan.models import stylegan
 
 
