@@ -1,9 +1,9 @@
 """What a pickle holds, read without running any of it: PyTorch's checkpoints and NVIDIA's network files.
 
-A pickle is a program: it names functions and says what to call them with. Python's own reader does so. This one
-interprets the instructions itself and knows a few names alone, those that make numbers, containers, tensors and
-records; any other is refused by its name. An object, be it a module or a namespace, becomes a `Record` of its
-attributes: its class is never looked up, and source code that comes with it is dropped.
+A pickle is a program: it names functions and says what to call them with. Python's own reader does so. This
+one interprets the instructions itself and knows a few names alone, those that make numbers, containers, tensors
+and records; any other is refused by its name. An object, be it a module or a namespace, becomes a `Record` of
+its attributes: its class is never looked up, and source code that comes with it is dropped.
 
 Tensors are `Claim`s until somebody reads them. Each must lie within a storage, and each storage within the
 file, so that what is read never takes more memory than the file has bytes.
@@ -18,7 +18,7 @@ import mmap
 import pickletools
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Record(dict):
 
 
 class Storage:
-    """A row of numbers somewhere in the file: `fetch` returns their bytes, once it is known where they are."""
+    """A row of numbers somewhere in the file: `fetch` returns their bytes, once their place is known."""
 
     def __init__(self, dtype: torch.dtype, numel: int):
         self.dtype, self.numel = dtype, numel
@@ -78,6 +78,15 @@ class Storage:
         return torch.frombuffer(data, dtype=self.dtype) if data else torch.empty(0, dtype=self.dtype)
 
 
+def _size(n: Any) -> bool:
+    return type(n) is int and 0 <= n < 1 << 63
+
+
+def _check_shape(sides: Sequence[Any]) -> None:
+    if len(sides) > MOST_DIMENSIONS or not all(map(_size, sides)):
+        raise ValueError("a tensor's shape is malformed")
+
+
 @dataclass(frozen=True, eq=False)
 class Claim:
     """A tensor that has not been read yet."""
@@ -88,12 +97,9 @@ class Claim:
     stride: tuple[int, ...]
 
     def __post_init__(self):
-        numbers = (self.offset, *self.shape, *self.stride)
-        if (
-            len(self.shape) != len(self.stride)
-            or len(self.shape) > MOST_DIMENSIONS
-            or not all(map(_size, numbers))
-        ):
+        _check_shape((self.offset, *self.shape))
+        _check_shape((self.offset, *self.stride))
+        if len(self.shape) != len(self.stride):
             raise ValueError("a tensor's shape is malformed")
         end = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True)) + 1
         if self.numel > self.storage.numel or (self.numel and end > self.storage.numel):
@@ -111,10 +117,6 @@ class Claim:
 
     def read(self) -> Tensor:
         return torch.as_strided(self.storage.numbers, self.shape, self.stride, self.offset).clone()
-
-
-def _size(n: Any) -> bool:
-    return type(n) is int and 0 <= n < 1 << 63
 
 
 @contextlib.contextmanager
@@ -466,7 +468,7 @@ def _array(*args: Any) -> Record:
 
 
 def _with_state(value: Any, state: Any) -> Any:
-    """What pickle's BUILD makes of `value`: a record takes attributes, numpy's dtype and array their contents.
+    """What pickle's BUILD makes of `value`: a record takes attributes, numpy's types and arrays their contents.
 
     Other containers keep none: a state dict's _metadata, for one, has no use here.
     """
@@ -476,6 +478,7 @@ def _with_state(value: Any, state: Any) -> Any:
     if isinstance(value, Record) and value.kind == "numpy.ndarray":
         _, shape, dtype, fortran, data = _of(tuple, state)
         shape, dtype, data = _of(tuple, shape), _of(np.dtype, dtype), _of(bytes, data)
+        _check_shape(shape)
         if not dtype.isnative:
             raise ValueError("it has arrays of a big-endian machine")
         stride = [math.prod(shape[:i] if fortran else shape[i + 1 :]) for i in range(len(shape))]
