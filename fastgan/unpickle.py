@@ -1,9 +1,9 @@
 """What a pickle holds, read without running any of it: PyTorch's checkpoints and NVIDIA's network files.
 
 A pickle is a program: it names functions and says what to call them with. Python's own reader does so. This
-one interprets the instructions itself and knows a few names alone, those that make numbers, containers, tensors
-and records; any other is refused by its name. An object, be it a module or a namespace, becomes a `Record` of
-its attributes: its class is never looked up, and source code that comes with it is dropped.
+one interprets the instructions itself and knows a few names alone, those that make numbers, containers,
+tensors and records; any other is refused by its name. An object, be it a module or a namespace, becomes a
+`Record` of its attributes: its class is never looked up, and source code that comes with it is dropped.
 
 Tensors are `Claim`s until somebody reads them. Each must lie within a storage, and each storage within the
 file, so that what is read never takes more memory than the file has bytes.
@@ -468,7 +468,7 @@ def _array(*args: Any) -> Record:
 
 
 def _with_state(value: Any, state: Any) -> Any:
-    """What pickle's BUILD makes of `value`: a record takes attributes, numpy's types and arrays their contents.
+    """What pickle's BUILD makes of `value`: a record takes attributes, numpy's arrays their contents.
 
     Other containers keep none: a state dict's _metadata, for one, has no use here.
     """
