@@ -2,11 +2,12 @@
 
 import sys
 
-from fastgan import doctor, generate, profile, train
+from fastgan import convert, doctor, generate, profile, train
 
 COMMANDS = {
     "train": train.main,
     "generate": generate.main,
+    "convert": convert.main,
     "profile": profile.main,
     "doctor": doctor.main,
 }

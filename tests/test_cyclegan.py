@@ -18,7 +18,7 @@ from fastgan.losses import gradient_penalty, gradient_square, least_squares_d, l
 from fastgan.models import cogan, cyclegan
 from fastgan.pool import Pool, from_pool
 
-CHECKPOINT = Path(__file__).parent / "golden" / "cyclegan_public0_latest_net_G_A.pth"
+CHECKPOINT = Path(__file__).parent / "golden" / "checkpoints" / "cyclegan_public0_latest_net_G_A.pth"
 
 
 def parameters(net: nn.Module) -> int:

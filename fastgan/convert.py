@@ -1,0 +1,391 @@
+"""python -m fastgan.convert: networks of public implementations as files of ours.
+
+Reads, by what a file holds and whatever its name is:
+
+    stylegan2     stylegan2-ada-pytorch's and stylegan3's StyleGAN2, .pkl or a state dict
+    rosinality    rosinality/stylegan2-pytorch, .pt
+    biggan        BigGAN-PyTorch and its BigGAN-deep, G.pth, G_ema.pth and D.pth
+    cyclegan      pytorch-CycleGAN, latest_net_G_A.pth and latest_net_D_A.pth: ResNets, PatchGANs, PixelGANs
+    dcgan         pytorch/examples' dcgan and others of its build
+    progan        pytorch_GAN_zoo's ProGAN
+    r3gan         R3GAN, .pkl or a state dict
+    fastgan       a run's folder or a .safetensors of ours
+
+No code of the file is run, nothing that it names is imported, and what it claims to hold must be in it. Kind
+and sizes are read off the tensors' names and shapes. State dicts are looked for under other keys and behind
+prefixes such as "module."; of several generators an averaged one is taken.
+"""
+
+import argparse
+import collections
+import dataclasses
+import inspect
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgan import cli, unpickle
+from fastgan.checkpoint import load_tensors
+from fastgan.config import (
+    Config,
+    UsageError,
+    build_discriminator,
+    build_generator,
+    make_config,
+    network_options,
+)
+from fastgan.engine import one_hot
+from fastgan.models import family
+from fastgan.pretrained import Pretrained, _check_fit, read_own, write_own
+from fastgan.public import PEERS, UNSUPPORTED, Peer, Source
+from fastgan.unpickle import Claim, Record
+
+KINDS = (*dict.fromkeys(peer.kind for peer in PEERS), "fastgan")
+PREFIXES = 4  # in front of a name: "state_dict.generator.module.main.0.weight" has so many at most
+AVERAGED = re.compile(r"ema|avg|average", re.IGNORECASE)
+BUILDERS = {"generator": build_generator, "discriminator": build_discriminator}
+SAMPLES = 4096  # of w, where a mean of w has to be estimated; as many as rosinality takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A network in a file: its place there, what it is, its tensors, and what was beside them."""
+
+    place: str
+    peer: Peer
+    claims: Mapping[str, Claim]
+    source: Source
+
+    @property
+    def network(self) -> str:
+        return self.peer.network
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser(prog="fastgan convert", description=__doc__, formatter_class=cli.Prose)
+    p.add_argument("src", metavar="SRC", type=Path, help="a checkpoint, or the folder of a run")
+    p.add_argument("out", metavar="OUT", type=Path, help="the .safetensors to write")
+    p.add_argument("--kind", choices=KINDS, help="whose it is (default: what its tensors' names say)")
+    p.add_argument(
+        "--resolution",
+        type=int,
+        help="side of the images, where the tensors do not tell: of cyclegan, whose networks take any "
+        "(default: 256), and of dcgan, for sides that are no doublings of the first map's",
+    )
+    p.add_argument(
+        "--alpha",
+        type=float,
+        help="of a progan saved while a resolution was fading in: the weight of the old one, as "
+        "pytorch_GAN_zoo counts (default: what the checkpoint's config says, or 0)",
+    )
+    p.add_argument(
+        "--set",
+        dest="arguments",
+        metavar="NAME=VALUE",
+        type=_argument,
+        action="append",
+        default=[],
+        help="an argument of the networks' constructors that tensors cannot tell, such as mbstd_group=2, "
+        "conv_clamp=256 or slope=0.1; may be given again",
+    )
+    return p
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def read(
+    path: Path,
+    kind: str | None = None,
+    resolution: int | None = None,
+    alpha: float | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> Pretrained:
+    """The networks in any file that fastgan knows, under our names.
+
+    `kind` is one of KINDS, for what is taken for another; the rest as the command's options, `arguments`
+    those of --set. Raises UsageError for a file that is damaged, hostile, or holds no network that is known.
+    """
+    path = Path(path)
+    if kind is not None and kind not in KINDS:
+        raise UsageError(f"kind must be one of {', '.join(KINDS)}: got {kind}")
+    if kind == "fastgan" or (kind is None and _is_own(path)):
+        return read_own(path)
+    return _converted(path, _chosen(path, find(path, kind), resolution, alpha), arguments or {})
+
+
+def _is_own(path: Path) -> bool:
+    """A folder, or a safetensors file with our header."""
+    if path.is_dir():
+        return True
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        return "config" in load_tensors(path, "no tensor")[1]
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def find(path: Path, kind: str | None = None) -> list[Found]:
+    """All networks of `kind`, or of any, in the file."""
+    if path.suffix == ".safetensors":
+        try:
+            root: Any = load_tensors(path)[0]
+        except (ValueError, OSError) as error:
+            raise UsageError(f"{path} cannot be read: {error}") from None
+    else:
+        root = unpickle.read(path)
+    found: list[Found] = []
+    seen: set[int] = set()
+    left = collections.deque([("", root, {})])
+    while left:
+        place, value, beside = left.popleft()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, list | tuple):
+            left.extend((f"{place}.{i}".lstrip("."), item, {}) for i, item in enumerate(value))
+        if not isinstance(value, dict):
+            continue
+        module = isinstance(value, Record) and "_modules" in value
+        state = _flat(value) if module else value
+        state = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Claim | Tensor)}
+        source = Source(attributes=value if module else {}, beside=beside)
+        networks = list(_networks(place, state, source, kind))
+        found += networks
+        if not module and not any(network.place == place for network in networks):
+            left.extend((f"{place}.{key}".lstrip("."), item, value) for key, item in value.items())
+    return found
+
+
+def _flat(module: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict of a module of which only attributes are known."""
+    state: dict[str, Any] = {}
+    left = [("", module, 0)]
+    while left:
+        prefix, record, depth = left.pop()
+        for group in ("_parameters", "_buffers"):
+            own = record.get(group)
+            state |= {f"{prefix}{name}": t for name, t in own.items()} if isinstance(own, dict) else {}
+        inner = record.get("_modules")
+        if isinstance(inner, dict) and depth < 32:  # a module that holds itself has no end
+            left += [(f"{prefix}{n}.", m, depth + 1) for n, m in inner.items() if isinstance(m, dict)]
+        if len(state) + len(left) > unpickle.MOST_INSTRUCTIONS:
+            raise UsageError("the file's modules hold one another without end")
+    return state
+
+
+def _networks(
+    place: str, state: Mapping[str, Claim], source: Source, kind: str | None, depth: int = 0
+) -> Iterator[Found]:
+    """The networks that `state` is or, behind prefixes, has."""
+    for key, what in UNSUPPORTED.items():
+        if key in state:
+            raise UsageError(f"{place or 'the file'} holds {what}")
+    for peer in PEERS if state else ():
+        if kind in (None, peer.kind) and peer.matches(state):
+            yield Found(place, peer, state, source)
+            return
+    groups: dict[str, dict[str, Claim]] = {}
+    for name, claim in state.items():
+        head, dot, rest = name.partition(".")
+        if dot and depth < PREFIXES:
+            groups.setdefault(head, {})[rest] = claim
+    for head, group in groups.items():
+        inner = source.attributes.get("_modules", {}).get(head, {})
+        inner = dataclasses.replace(source, attributes=inner if isinstance(inner, Mapping) else {})
+        yield from _networks(f"{place}.{head}".lstrip("."), group, inner, kind, depth + 1)
+
+
+def _chosen(
+    path: Path, found: Sequence[Found], resolution: int | None, alpha: float | None
+) -> dict[str, Found]:
+    """One network of each sort, of one kind: averaged before others, the first before later ones."""
+    if not found:
+        raise UsageError(
+            f"{path} holds no network that is known; kinds are {', '.join(KINDS)}, and --kind names one"
+        )
+    chosen: dict[str, Found] = {}
+    for network in sorted(found, key=lambda f: not AVERAGED.search(f.place)):
+        if all(network.peer.kind == other.peer.kind for other in chosen.values()):
+            chosen.setdefault(network.network, network)
+    return {
+        name: dataclasses.replace(
+            network, source=dataclasses.replace(network.source, resolution=resolution, alpha=alpha)
+        )
+        for name, network in chosen.items()
+    }
+
+
+def _converted(path: Path, chosen: Mapping[str, Found], arguments: Mapping[str, Any]) -> Pretrained:
+    states: dict[str, dict[str, Tensor]] = {}
+    options: dict[str, dict[str, Any]] = {"generator": {}, "discriminator": {}}
+    for name, network in chosen.items():
+        states[name], options[name] = _convert(path, network)
+    arch = next(iter(chosen.values())).peer.arch
+    known = {name: inspect.signature(getattr(family(arch), name.capitalize())).parameters for name in states}
+    for key, value in arguments.items():
+        if not any(key in parameters for parameters in known.values()):
+            raise UsageError(f"--set {key}: no network of --arch {arch} in {path} has such an argument")
+        for name, parameters in known.items():
+            options[name] |= {key: value} if key in parameters else {}
+    config = _config(path, arch, options["discriminator"] | options["generator"])
+    for name, state in states.items():
+        options[name] = _beyond(config, name, options[name])
+        if arch == "stylegan" and name == "generator" and "mapping.w_avg" not in state:
+            state["mapping.w_avg"] = _mean_w(config, options[name], state)
+        try:
+            with torch.device("meta"):
+                _check_fit(BUILDERS[name](config, **options[name]), state)
+        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+            raise _unknown(path, chosen[name], error) from None
+    return Pretrained(
+        config,
+        states.get("generator"),
+        states.get("discriminator"),
+        options["generator"],
+        options["discriminator"],
+        images=0,
+    )
+
+
+def _convert(path: Path, network: Found) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors, in fp32 at least, and constructor arguments under our names."""
+    state = _read(path, network.claims)
+    beside = {k: v for k, v in network.source.beside.items() if k in ("latent_avg", "config")}
+    mean = beside.get("latent_avg")
+    if isinstance(mean, Claim):
+        beside |= _read(path, {"latent_avg": mean})
+    try:
+        weights, options = network.peer.convert(state, dataclasses.replace(network.source, beside=beside))
+    except (ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, AttributeError) as error:
+        raise _unknown(path, network, error) from None
+    return weights, options
+
+
+def _read(path: Path, claims: Mapping[str, Any]) -> dict[str, Tensor]:
+    state = {k: v for k, v in claims.items() if isinstance(v, Tensor)}
+    state |= unpickle.tensors(path, {k: v for k, v in claims.items() if isinstance(v, Claim)})
+    half = (torch.float16, torch.bfloat16)
+    return {k: state[k].float() if state[k].dtype in half else state[k] for k in claims}
+
+
+def _unknown(path: Path, network: Found, error: Exception) -> UsageError:
+    what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
+    where = f"{network.place} of {path}" if network.place else str(path)
+    return UsageError(
+        f"{where} has the names of a {network.peer.kind} {network.network}, but cannot be one that is known: "
+        f"{what}; --kind names another kind, of {', '.join(KINDS)}"
+    )
+
+
+def _config(path: Path, arch: str, options: Mapping[str, Any]) -> Config:
+    """The preset of `arch` with the networks' sizes, as far as it has fields for them, and in fp32: outputs
+    are to equal the peer's."""
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    given = {k: v for k, v in options.items() if k in fields and k in network_options(arch) and v is not None}
+    given = {k: v for k, v in given.items() if not (choices := fields[k].metadata["choices"]) or v in choices}
+    if "c_dim" in options:
+        given |= {"cond": options["c_dim"] > 0, "classes": options["c_dim"]}
+    if (group := given.get("mbstd_group", 1)) > 0:
+        given["batch"] = group * max(1, 16 // group) * 2
+    try:
+        return make_config(arch, precision="fp32", **given)
+    except (UsageError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise UsageError(f"{path} holds an {arch} of sizes that fastgan cannot build: {error}") from None
+
+
+def _beyond(config: Config, network: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a network's arguments that neither the config nor its constructor gives."""
+    parameters = inspect.signature(getattr(family(config.arch), network.capitalize())).parameters
+    usual = {name: parameter.default for name, parameter in parameters.items()}
+    usual |= {name: getattr(config, name) for name in usual if hasattr(config, name)}
+    usual = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
+    return {name: value for name, value in options.items() if usual[name] != value}
+
+
+@torch.inference_mode()
+def _mean_w(config: Config, options: Mapping[str, Any], state: Mapping[str, Tensor]) -> Tensor:
+    """The mean w of random latents, and labels; a function of the weights alone."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        G = build_generator(config, **options)
+        zeros = G.mapping.w_avg
+        G.load_state_dict({**state, "mapping.w_avg": zeros}, strict=False)
+        z = torch.randn(SAMPLES, G.z_dim)
+        c = one_hot(torch.randint(G.c_dim, [SAMPLES]), G.c_dim) if G.c_dim else None
+        return G.mapping(z, c)[:, 0].mean(0).clone()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(_main, argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    args = parser().parse_args(argv)
+    _check_out(args)
+    if args.kind == "fastgan" or (args.kind is None and _is_own(args.src)):
+        networks = read_own(args.src)
+        print(f"{args.src}: fastgan, --arch {networks.config.arch}")
+        places, left = {}, []
+    else:
+        found = find(args.src, args.kind)
+        chosen = _chosen(args.src, found, args.resolution, args.alpha)
+        networks = _converted(args.src, chosen, dict(args.arguments))
+        kind = next(iter(chosen.values())).peer.kind
+        print(f"{args.src}: {kind}, in fastgan --arch {networks.config.arch}")
+        places = {name: network.place for name, network in chosen.items()}
+        left = [f"{f.network} {f.place or '(all of it)'}" for f in found if f.place not in places.values()]
+    for name in ("generator", "discriminator"):
+        state = getattr(networks, name)
+        if state is not None:
+            print(f"  {name:14}{_described(networks, name, places.get(name, ''))}")
+    if left:
+        print(f"  {'left out':14}{', '.join(left)}")
+    try:
+        write_own(args.out, networks)
+    except OSError as error:
+        raise UsageError(f"{args.out} cannot be written: {error.strerror}") from None
+    print(f"wrote {args.out}, {args.out.stat().st_size / 2**20:.1f} MiB")
+    return 0
+
+
+def _check_out(args: argparse.Namespace) -> None:
+    if args.out.suffix != ".safetensors":
+        raise UsageError(f"OUT must end in .safetensors: got {args.out}")
+    if not args.out.parent.is_dir():
+        raise UsageError(f"{args.out.parent} is not a folder; make it or choose another OUT")
+    if args.resolution is not None and args.resolution < 1:
+        raise UsageError(f"--resolution must be at least 1: got {args.resolution}")
+
+
+def _described(networks: Pretrained, name: str, place: str) -> str:
+    config, options = networks.config, getattr(networks, f"{name}_options")
+
+    def value(key: str) -> Any:
+        return options.get(key, getattr(config, key))
+
+    with torch.device("meta"):
+        count = sum(p.numel() for p in BUILDERS[name](config, **options).parameters())
+    parts = [f"{value('resolution')} pixels, {value('channels')} channels, {count:,} parameters"]
+    if "z_dim" in network_options(config.arch) and name == "generator":
+        parts.append(f"z of {value('z_dim')}")
+    if "c_dim" in network_options(config.arch) and value("c_dim"):
+        parts.append(f"{value('c_dim')} classes")
+    parts += [f"{k} {v}" for k, v in options.items() if k not in ("resolution", "channels", "z_dim", "c_dim")]
+    return (f"{place}: " if place else "") + ", ".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
