@@ -48,9 +48,13 @@ from fastgan.unpickle import Claim, Record
 
 KINDS = (*dict.fromkeys(peer.kind for peer in PEERS), "fastgan")
 PREFIXES = 4  # in front of a name: "state_dict.generator.module.main.0.weight" has so many at most
+DEPTH, MOST_NAMES, LONGEST_NAME = 16, 100_000, 200  # of what a checkpoint is searched for
+LARGEST = 1 << 20  # of a network's sizes
 AVERAGED = re.compile(r"ema|avg|average", re.IGNORECASE)
+# What shapes that make no network come to, in adapters and constructors.
+UNFIT = (ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, AttributeError, AssertionError)
 BUILDERS = {"generator": build_generator, "discriminator": build_discriminator}
-SAMPLES = 4096  # of w, where a mean of w has to be estimated; as many as rosinality takes
+BATCHES = 64  # of 64 samples of w, where its mean has to be estimated: as many as rosinality takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Found:
 
     place: str
     peer: Peer
-    claims: Mapping[str, Claim]
+    claims: Mapping[str, Claim | Tensor]
     source: Source
 
     @property
@@ -148,64 +152,77 @@ def find(path: Path, kind: str | None = None) -> list[Found]:
         root = unpickle.read(path)
     found: list[Found] = []
     seen: set[int] = set()
-    left = collections.deque([("", root, {})])
+    left: collections.deque[tuple[tuple[str, ...], Any, Any]] = collections.deque([((), root, {})])
     while left:
         place, value, beside = left.popleft()
-        if id(value) in seen:
+        if id(value) in seen or len(place) > DEPTH:
             continue
         seen.add(id(value))
         if isinstance(value, list | tuple):
-            left.extend((f"{place}.{i}".lstrip("."), item, {}) for i, item in enumerate(value))
+            left.extend(((*place, str(i)), item, {}) for i, item in enumerate(value))
         if not isinstance(value, dict):
             continue
         module = isinstance(value, Record) and "_modules" in value
-        state = _flat(value) if module else value
+        state = _flat(path, value) if module else value
         state = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Claim | Tensor)}
         source = Source(attributes=value if module else {}, beside=beside)
-        networks = list(_networks(place, state, source, kind))
+        networks = list(_networks(path, place, state, source, kind))
         found += networks
-        if not module and not any(network.place == place for network in networks):
-            left.extend((f"{place}.{key}".lstrip("."), item, value) for key, item in value.items())
+        if not module and not any(network.place == ".".join(place) for network in networks):
+            left.extend(
+                ((*place, key), item, value)
+                for key, item in value.items()
+                if isinstance(key, str) and len(key) <= LONGEST_NAME
+            )
     return found
 
 
-def _flat(module: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(path: Path, module: Mapping[str, Any]) -> dict[str, Any]:
     """The state dict of a module of which only attributes are known."""
     state: dict[str, Any] = {}
-    left = [("", module, 0)]
+    left, count = [("", module, 0)], 0
     while left:
         prefix, record, depth = left.pop()
-        for group in ("_parameters", "_buffers"):
-            own = record.get(group)
-            state |= {f"{prefix}{name}": t for name, t in own.items()} if isinstance(own, dict) else {}
         inner = record.get("_modules")
-        if isinstance(inner, dict) and depth < 32:  # a module that holds itself has no end
-            left += [(f"{prefix}{n}.", m, depth + 1) for n, m in inner.items() if isinstance(m, dict)]
-        if len(state) + len(left) > unpickle.MOST_INSTRUCTIONS:
-            raise UsageError("the file's modules hold one another without end")
+        for group in (record.get("_parameters"), record.get("_buffers"), inner):
+            if not isinstance(group, dict):
+                continue
+            count += len(group)
+            named = all(isinstance(name, str) and len(name) <= LONGEST_NAME for name in group)
+            if count > MOST_NAMES or depth > DEPTH or not named:
+                raise UsageError(f"{path} is refused: its modules hold one another without end")
+            if group is inner:
+                left += [(f"{prefix}{n}.", m, depth + 1) for n, m in group.items() if isinstance(m, dict)]
+            else:
+                state |= {f"{prefix}{name}": tensor for name, tensor in group.items()}
     return state
 
 
 def _networks(
-    place: str, state: Mapping[str, Claim], source: Source, kind: str | None, depth: int = 0
+    path: Path,
+    place: tuple[str, ...],
+    state: Mapping[str, Claim | Tensor],
+    source: Source,
+    kind: str | None,
+    prefixes: int = 0,
 ) -> Iterator[Found]:
     """The networks that `state` is or, behind prefixes, has."""
     for key, what in UNSUPPORTED.items():
         if key in state:
-            raise UsageError(f"{place or 'the file'} holds {what}")
+            raise UsageError(f"{path} holds {what}")
     for peer in PEERS if state else ():
         if kind in (None, peer.kind) and peer.matches(state):
-            yield Found(place, peer, state, source)
+            yield Found(".".join(place), peer, state, source)
             return
-    groups: dict[str, dict[str, Claim]] = {}
+    groups: dict[str, dict[str, Claim | Tensor]] = {}
     for name, claim in state.items():
         head, dot, rest = name.partition(".")
-        if dot and depth < PREFIXES:
+        if dot and prefixes < PREFIXES:
             groups.setdefault(head, {})[rest] = claim
     for head, group in groups.items():
         inner = source.attributes.get("_modules", {}).get(head, {})
         inner = dataclasses.replace(source, attributes=inner if isinstance(inner, Mapping) else {})
-        yield from _networks(f"{place}.{head}".lstrip("."), group, inner, kind, depth + 1)
+        yield from _networks(path, (*place, head), group, inner, kind, prefixes + 1)
 
 
 def _chosen(
@@ -243,13 +260,15 @@ def _converted(path: Path, chosen: Mapping[str, Found], arguments: Mapping[str, 
     config = _config(path, arch, options["discriminator"] | options["generator"])
     for name, state in states.items():
         options[name] = _beyond(config, name, options[name])
-        if arch == "stylegan" and name == "generator" and "mapping.w_avg" not in state:
-            state["mapping.w_avg"] = _mean_w(config, options[name], state)
+        mean = arch == "stylegan" and name == "generator" and "mapping.w_avg" not in state
         try:
             with torch.device("meta"):
-                _check_fit(BUILDERS[name](config, **options[name]), state)
-        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+                net = BUILDERS[name](config, **options[name])
+            _check_fit(net, state | ({"mapping.w_avg": net.mapping.w_avg} if mean else {}))
+        except UNFIT as error:
             raise _unknown(path, chosen[name], error) from None
+        if mean:
+            state["mapping.w_avg"] = _mean_w(config, options[name], state)
     return Pretrained(
         config,
         states.get("generator"),
@@ -269,12 +288,12 @@ def _convert(path: Path, network: Found) -> tuple[dict[str, Tensor], dict[str, A
         beside |= _read(path, {"latent_avg": mean})
     try:
         weights, options = network.peer.convert(state, dataclasses.replace(network.source, beside=beside))
-    except (ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, AttributeError) as error:
+    except UNFIT as error:
         raise _unknown(path, network, error) from None
     return weights, options
 
 
-def _read(path: Path, claims: Mapping[str, Any]) -> dict[str, Tensor]:
+def _read(path: Path, claims: Mapping[str, Claim | Tensor]) -> dict[str, Tensor]:
     state = {k: v for k, v in claims.items() if isinstance(v, Tensor)}
     state |= unpickle.tensors(path, {k: v for k, v in claims.items() if isinstance(v, Claim)})
     half = (torch.float16, torch.bfloat16)
@@ -293,6 +312,8 @@ def _unknown(path: Path, network: Found, error: Exception) -> UsageError:
 def _config(path: Path, arch: str, options: Mapping[str, Any]) -> Config:
     """The preset of `arch` with the networks' sizes, as far as it has fields for them, and in fp32: outputs
     are to equal the peer's."""
+    if any(type(value) is int and value > LARGEST for value in options.values()):
+        raise UsageError(f"{path} holds an {arch} of sizes that no network has")
     fields = {f.name: f for f in dataclasses.fields(Config)}
     given = {k: v for k, v in options.items() if k in fields and k in network_options(arch) and v is not None}
     given = {k: v for k, v in given.items() if not (choices := fields[k].metadata["choices"]) or v in choices}
@@ -302,7 +323,7 @@ def _config(path: Path, arch: str, options: Mapping[str, Any]) -> Config:
         given["batch"] = group * max(1, 16 // group) * 2
     try:
         return make_config(arch, precision="fp32", **given)
-    except (UsageError, TypeError, RuntimeError, ArithmeticError) as error:
+    except (UsageError, *UNFIT) as error:
         raise UsageError(f"{path} holds an {arch} of sizes that fastgan cannot build: {error}") from None
 
 
@@ -321,11 +342,13 @@ def _mean_w(config: Config, options: Mapping[str, Any], state: Mapping[str, Tens
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         G = build_generator(config, **options)
-        zeros = G.mapping.w_avg
-        G.load_state_dict({**state, "mapping.w_avg": zeros}, strict=False)
-        z = torch.randn(SAMPLES, G.z_dim)
-        c = one_hot(torch.randint(G.c_dim, [SAMPLES]), G.c_dim) if G.c_dim else None
-        return G.mapping(z, c)[:, 0].mean(0).clone()
+        G.load_state_dict({**state, "mapping.w_avg": G.mapping.w_avg})
+        total = torch.zeros_like(G.mapping.w_avg)
+        for _ in range(BATCHES):
+            z = torch.randn(64, G.z_dim)
+            c = one_hot(torch.randint(G.c_dim, [64]), G.c_dim) if G.c_dim else None
+            total += G.mapping(z, c)[:, 0].mean(0)
+        return (total / BATCHES).clone()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

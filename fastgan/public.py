@@ -111,12 +111,19 @@ def progan_discriminator(state: dict[str, Tensor], alpha: float = 0.0, group: in
 
 def _channels(widths: Sequence[int]) -> dict[str, Any]:
     """Arguments that make these channels at 4, 8, ... pixels."""
-    resolution = 2 << len(widths)
+    resolution = _side(len(widths) - 1)
     base = max(width * (4 << i) for i, width in enumerate(widths))
     options: dict[str, Any] = {"channel_base": base, "channel_max": max(widths)}
     if channels_up_to(resolution, base, max(widths)) != list(widths):
         options["widths"] = list(widths)
     return options
+
+
+def _side(doublings: int) -> int:
+    """Of images; what is filled in for missing noise has this side, so a name alone must not make it huge."""
+    if 4 << doublings > 8192:
+        raise ValueError(f"its {doublings} doublings lead from 4 to {4 << min(doublings, 60)} pixels")
+    return 4 << doublings
 
 
 def _progan_generator(state: State, source: Source) -> Converted:
@@ -126,7 +133,7 @@ def _progan_generator(state: State, source: Source) -> Converted:
     options = {
         "z_dim": state["formatLayer.module.weight"].shape[1],
         "c_dim": 0,
-        "resolution": 4 << stages,
+        "resolution": _side(stages),
         "channels": state["toRGBLayers.0.module.weight"].shape[0],
     }
     return weights, options | _channels(widths)
@@ -138,7 +145,7 @@ def _progan_discriminator(state: State, source: Source) -> Converted:
     widths = [state[f"fromRGBLayers.{i}.module.weight"].shape[0] for i in range(stages + 1)]
     options = {
         "c_dim": 0,
-        "resolution": 4 << stages,
+        "resolution": _side(stages),
         "channels": state["fromRGBLayers.0.module.weight"].shape[1],
         "mbstd_group": 4,
         "mbstd_channels": state["groupScaleZero.0.module.weight"].shape[1] - widths[0],
@@ -226,21 +233,21 @@ def rosinality_discriminator(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _rosinality_generator(state: State, source: Source) -> Converted:
     """The checkpoint's latent_avg is the mean w; a state dict alone has none."""
-    mean = source.beside.get("latent_avg")
+    mean, blocks = source.beside.get("latent_avg"), _count(state, "to_rgbs.{}.bias")
+    side = _side(blocks)
     weights = rosinality_generator(dict(state), mean if isinstance(mean, Tensor) else None)
     if mean is None:
         del weights["mapping.w_avg"]
-    blocks = _count(state, "to_rgbs.{}.bias")
     widths = [state["to_rgb1.conv.weight"].shape[2]]
     widths += [state[f"to_rgbs.{i}.conv.weight"].shape[2] for i in range(blocks)]
     options = {
         "z_dim": state["style.1.weight"].shape[1],
         "c_dim": 0,
         "w_dim": state["conv1.conv.modulation.weight"].shape[1],
-        "resolution": 4 << blocks,
+        "resolution": side,
         "channels": state["to_rgb1.bias"].numel(),
         "mapping_layers": _count(state, "style.{}.weight", first=1),
-        "taps": _taps(state, "kernel"),
+        "taps": _taps([t for k, t in state.items() if k.endswith(".kernel")]),
     }
     return weights, options | _channels(widths)
 
@@ -252,30 +259,33 @@ def _rosinality_discriminator(state: State, source: Source) -> Converted:
     last = state["final_conv.0.weight"]
     options = {
         "c_dim": 0,
-        "resolution": 4 << blocks,
+        "resolution": _side(blocks),
         "channels": state["convs.0.0.weight"].shape[1],
         "mbstd_group": 4,
         "mbstd_num_channels": last.shape[1] - last.shape[0],
-        "taps": _taps(state, "kernel"),
+        "taps": _taps([t for k, t in state.items() if k.endswith(".kernel")]),
     }
     return rosinality_discriminator(dict(state)), options | _channels(widths[::-1])
 
 
-def _taps(state: State, name: str) -> list[float]:
-    """The one low-pass filter of a network, from its buffers called `name`, as taps that sum to 1."""
-    filters = [tensor.double() for key, tensor in state.items() if key.rpartition(".")[2] == name]
-    filters = [f / f.sum() for f in filters]
-    default = setup_filter(BLUR).double()
-    if not all(f.shape == default.shape and torch.allclose(f, default, rtol=1e-5) for f in filters):
-        taps = filters[0] if filters[0].ndim == 1 else filters[0].sum(0)
-        if not all(
-            torch.allclose(f, taps if f.ndim == 1 else taps.outer(taps), rtol=1e-5)
-            for f in filters
-            if f.shape[-1] == len(taps)
-        ) or any(f.shape[-1] != len(taps) for f in filters):
-            raise ValueError("its low-pass filters differ from one another, or are not separable")
-        return [float(t) for t in taps]
-    return list(BLUR)
+def _taps(filters: Sequence[Tensor]) -> list[float]:
+    """The one low-pass filter that all `filters` are, as taps that sum to 1, or as BLUR."""
+    filters = [f.double() / f.double().sum() for f in filters]
+    if all(_same(f, setup_filter(BLUR).double()) for f in filters):
+        return list(BLUR)
+    taps = filters[0] if filters[0].ndim == 1 else filters[0].sum(0)
+    if not all(_same(f, taps if f.ndim == 1 else taps.outer(taps)) for f in filters):
+        raise ValueError("its low-pass filters differ from one another, or are not separable")
+    return taps.tolist()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5)
+
+
+def _block_filters(state: State) -> list[Tensor]:
+    """Those of StyleGAN2's blocks. Layers have some as well, which not all of them use."""
+    return [t for k, t in state.items() if re.fullmatch(r"(synthesis\.)?b\d+\.resample_filter", k)]
 
 
 def _stylegan2_generator(state: State, source: Source) -> Converted:
@@ -285,7 +295,8 @@ def _stylegan2_generator(state: State, source: Source) -> Converted:
     m is part of its equations, w m / sqrt(in): weights are made to those of our 0.01.
     """
     _check_activations(source)
-    sides = [4 << i for i in range(_count_sides(state, "synthesis.b{}.conv1.weight"))]
+    doublings = _count_sides(state, "synthesis.b{}.conv1.weight") - 1
+    sides = [4 << i for i in range(doublings + 1) if _side(doublings)]
     weights = {k: t for k, t in state.items() if not k.endswith("resample_filter")}
     for side, i in itertools.product(sides, range(2)):
         layer = f"synthesis.b{side}.conv{i}"
@@ -308,7 +319,7 @@ def _stylegan2_generator(state: State, source: Source) -> Converted:
         "channels": last.shape[0],
         "architecture": architecture,
         "conv_clamp": source.attribute("synthesis.b4.conv1", "conv_clamp"),
-        "taps": _taps(state, "resample_filter"),
+        "taps": _taps(_block_filters(state)),
     }
     widths = [state[f"synthesis.b{side}.conv1.weight"].shape[0] for side in sides]
     return weights, options | mapping | _channels(widths)
@@ -317,7 +328,7 @@ def _stylegan2_generator(state: State, source: Source) -> Converted:
 def _stylegan2_discriminator(state: State, source: Source) -> Converted:
     _check_activations(source)
     blocks = _count_sides(state, "b{}.conv0.weight", first=8)
-    side = 4 << blocks
+    side = _side(blocks)
     widths = [state[f"b{8 << i}.conv1.weight"].shape[0] for i in range(blocks)]
     widths.append(state[f"b{side}.fromrgb.weight"].shape[0])
     outputs = state["b4.out.weight"].shape[0]
@@ -335,7 +346,7 @@ def _stylegan2_discriminator(state: State, source: Source) -> Converted:
         "conv_clamp": source.attribute("b4.conv", "conv_clamp"),
         "mbstd_group": source.attribute("b4.mbstd", "group_size", 4),
         "mbstd_num_channels": state["b4.conv.weight"].shape[1] - widths[0],
-        "taps": _taps(state, "resample_filter"),
+        "taps": _taps(_block_filters(state)),
     }
     if mapping["c_dim"] > 0 and outputs != widths[0]:
         options["cmap_dim"] = outputs
@@ -428,7 +439,7 @@ def _biggan_generator(state: State, source: Source) -> Converted:
     first = state["linear.weight"].shape[1]
     lists = _count(state, "blocks.{}.0.conv1.weight")
     stages = lists // 2 if deep else lists
-    resolution = 4 << stages
+    resolution = _side(stages)
     seen = state["blocks.0.0.bn1.gain.weight"]  # [C, what BatchNorms see], or an embedding [classes, C]
     shared = state.get("shared.weight")
     z_dim, hier = first, False
@@ -547,7 +558,7 @@ def _r3gan_discriminator(state: State, source: Source) -> Converted:
 
 
 def _r3gan_sizes(state: State, weights: State, reverse: bool) -> dict[str, Any]:
-    if _taps(state, "Kernel") != list(BLUR):
+    if _taps([t for k, t in state.items() if k.endswith(".Kernel")]) != list(BLUR):
         raise ValueError("its resampling filter is not 1, 3, 3, 1")
     sizes = []
     for i in range(_count(weights, "stages.{}.0.conv1.weight")):
@@ -558,7 +569,7 @@ def _r3gan_sizes(state: State, weights: State, reverse: bool) -> dict[str, Any]:
         raise ValueError("it has no stages")
     inner, channels = weights["stages.0.0.conv1.weight"].shape
     options: dict[str, Any] = {
-        "resolution": 2 << len(sizes),
+        "resolution": _side(len(sizes) - 1),
         "expansion": inner // max(channels, 1),
         "kernel": weights["stages.0.0.conv2.weight"].shape[-1],
     }
@@ -657,6 +668,10 @@ def _without_idle_statistics(state: State) -> dict[str, Tensor]:
     return {
         k: v for k, v in state.items() if not k.endswith(idle) or f"{k.rpartition('.')[0]}.weight" in state
     }
+
+
+def _is_resnet(state: Mapping[str, Any]) -> bool:
+    return any(re.fullmatch(r"model\.\d+\.conv_block\.\d+\.weight", name) for name in state)
 
 
 def _is_patchgan(state: Mapping[str, Any]) -> bool:
@@ -781,7 +796,8 @@ def _dcgan_generator(state: State, source: Source) -> Converted:
     assert row is not None
     shapes = [state[f"{conv}.weight"].shape for conv in row.convs]
     kernels = [shape[2] for shape in shapes]
-    options = {"z_dim": shapes[0][0], "channels": shapes[-1][1]} | _dcgan_maps(kernels, source.resolution)
+    options: dict[str, Any] = {"z_dim": shapes[0][0], "channels": shapes[-1][1]}
+    options |= _dcgan_maps(kernels, source.resolution)
     outputs = [shape[1] for shape in shapes]
     options |= _dcgan_sizes(row, state, kernels[1:], outputs[:-1], "ngf")
     last = len(shapes) - 1
@@ -795,7 +811,7 @@ def _dcgan_discriminator(state: State, source: Source) -> Converted:
     assert row is not None
     shapes = [state[f"{conv}.weight"].shape for conv in row.convs]
     kernels = [shape[2] for shape in shapes][::-1]
-    options = {"channels": shapes[0][1]} | _dcgan_maps(kernels, source.resolution)
+    options: dict[str, Any] = {"channels": shapes[0][1]} | _dcgan_maps(kernels, source.resolution)
     options |= {"slope": 0.2, "dropout": 0.0, "instance_noise": 0.0}
     outputs = [shape[0] for shape in shapes]
     options |= _dcgan_sizes(row, state, kernels[1:], outputs[-2::-1], "ndf")
@@ -816,7 +832,7 @@ PEERS = (
     Peer("progan", "progan", D, _with("decisionLayer.module.weight"), _progan_discriminator),
     Peer("r3gan", "r3gan", G, _with("AggregationLayer.Layer.weight"), _r3gan_generator),
     Peer("r3gan", "r3gan", D, _with("ExtractionLayer.Layer.weight"), _r3gan_discriminator),
-    Peer("cyclegan", "cyclegan", G, lambda s: any(".conv_block." in k for k in s), _cyclegan_generator),
+    Peer("cyclegan", "cyclegan", G, _is_resnet, _cyclegan_generator),
     Peer("cyclegan", "cyclegan", D, _is_patchgan, _cyclegan_discriminator),
     Peer("dcgan", "dcgan", G, _is_dcgan_generator, _dcgan_generator),
     Peer("dcgan", "dcgan", D, _is_dcgan_discriminator, _dcgan_discriminator),

@@ -229,7 +229,7 @@ def interpret(file: Any, storage: Callable[..., Storage] | None = None, payloads
     """
     stack: list[Any] = []
     marks: list[int] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
     copies = (
         MOST_INSTRUCTIONS  # of elements and characters that may yet be made: an instruction can repeat many
     )
@@ -303,7 +303,7 @@ def interpret(file: Any, storage: Callable[..., Storage] | None = None, payloads
             case "GET" | "BINGET" | "LONG_BINGET":
                 stack.append(memo[arg])
             case "GLOBAL":
-                module, _, name = arg.partition(" ")
+                module, _, name = _of(str, arg).partition(" ")
                 stack.append(_admit(module, name))
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()

@@ -14,7 +14,7 @@ none, other borders than reflected ones, and `one_way`: a single network, of ima
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ def _pad(x: Tensor, pixels: int, padding: str = "reflect") -> Tensor:
     return F.pad(x, [pixels] * 4, PADDINGS[padding])
 
 
-def _norms(batch_norm: bool, widths: Iterable[int]) -> Sequence[nn.Module | None]:
+def _norms(batch_norm: bool, widths: Iterable[int]) -> nn.ModuleList | list[None]:
     """Modules for batch norms; an instance norm has no parameters and no module."""
     return nn.ModuleList(map(nn.BatchNorm2d, widths)) if batch_norm else [None for _ in widths]
 
