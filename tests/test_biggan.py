@@ -11,9 +11,9 @@ from golden_cases import Case, golden
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastgan.public import biggan_discriminator, biggan_generator
 from fastgan.losses import orthogonal
 from fastgan.models import biggan, sagan
+from fastgan.public import biggan_discriminator, biggan_generator
 from fastgan.spectral import (
     ConditionalBatchNorm2d,
     Embedding,

@@ -89,7 +89,7 @@ def check(path: Path, case: Case) -> None:
 
 @pytest.mark.parametrize("case", NETWORKS, ids=IDS)
 def test_golden_networks(case: Case, tmp_path: Path):
-    """Saved with torch.save, converted, loaded: the golden output, in training where the case is of training."""
+    """Saved with torch.save, converted, loaded: the golden output, of training where the case is."""
     torch.save(peer_state(case), tmp_path / "peer.pth")
     options = ["--alpha", str(case.args["alpha"])] if "alpha" in case.args else []
     group = case.args.get("ctor", {}).get("epilogue_kwargs", {}).get("mbstd_group_size", 4)
@@ -117,13 +117,16 @@ def test_rosinality_truncates_towards_its_latent_avg(tmp_path: Path):
     case.check("out.image_psi07", G(case.tensor("in.z").float(), truncation=0.7), tol=2e-5)
     # A state dict alone has no mean: it is estimated.
     torch.save({"g_ema": peer_state(case)}, tmp_path / "g.pt")
-    w_avg = convert.read(tmp_path / "g.pt").generator["mapping.w_avg"]
+    first, second = (convert.read(tmp_path / "g.pt").generator for _ in range(2))
+    assert first is not None and second is not None
     w = G.mapping(torch.randn(4000, 8, generator=torch.Generator().manual_seed(1)))[:, 0]
-    assert (w_avg - w.mean(0)).abs().max() < 5 * (w.std(0) / 60).max()
-    assert torch.equal(w_avg, convert.read(tmp_path / "g.pt").generator["mapping.w_avg"])
+    assert (first["mapping.w_avg"] - w.mean(0)).abs().max() < 5 * (w.std(0) / 60).max()
+    assert torch.equal(first["mapping.w_avg"], second["mapping.w_avg"])
 
 
 # StyleGAN2's .pkl
+
+CLAMPED = ("SynthesisLayer", "ToRGBLayer", "Conv2dLayer")  # classes with conv_clamp
 
 
 def pickled(names: tuple[str, str], path: Path, monkeypatch: pytest.MonkeyPatch, protocol: int = 4) -> None:
@@ -132,9 +135,8 @@ def pickled(names: tuple[str, str], path: Path, monkeypatch: pytest.MonkeyPatch,
     for key, name in zip(("G_ema", "D"), names, strict=True):
         ctor = named(f"stylegan2_nets/{name}").args["ctor"]
         clamp = {"conv_clamp": ctor.get("synthesis_kwargs", ctor).get("conv_clamp")}
-        attributes = dict.fromkeys(
-            ("SynthesisLayer", "ToRGBLayer", "Conv2dLayer"), clamp | {"activation": "lrelu"}
-        )
+        clamp |= {"activation": "lrelu"}
+        attributes: dict[str, Any] = {name: clamp for name in CLAMPED}
         attributes["MappingNetwork"] = {k: ctor[k] for k in ("z_dim", "c_dim", "w_dim") if k in ctor}
         group = ctor.get("epilogue_kwargs", {}).get("mbstd_group_size", 4)
         attributes["MinibatchStdLayer"] = {"group_size": group, "num_channels": 1}
@@ -157,7 +159,7 @@ def pickled(names: tuple[str, str], path: Path, monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize("protocol", [2, 3, 4])
 @pytest.mark.parametrize("cfg", ["cfg0_res32_c0_skip_resnet", "cfg1_res16_c5_resnet_skip"])
 def test_stylegan2_pickles(cfg: str, protocol: int, tmp_path: Path, monkeypatch, capsys):
-    """Names and constructor arguments of a persistent pickle make the golden networks; nothing of it is run."""
+    """Names and attributes of a persistent pickle make the golden networks; nothing of it is run."""
     pickled((f"G_{cfg}", f"D_{cfg}"), tmp_path / "network.pkl", monkeypatch, protocol)
     path = converted(tmp_path / "network.pkl")
     assert "G_ema: " in (told := capsys.readouterr().out) and "left out      generator G" in told
@@ -199,7 +201,7 @@ def test_stylegan2_pickles_with_other_arguments(tmp_path: Path, monkeypatch):
         dropped = ("noise_const", "noise_strength", "w_avg")
         state = {k: v for k, v in state.items() if not k.endswith(dropped)}
         state |= {k: v * 0.1 for k, v in state.items() if ".fc" in f".{k}" and k.startswith("mapping.")}
-        attributes = dict.fromkeys(("SynthesisLayer", "ToRGBLayer", "Conv2dLayer"), {"conv_clamp": 0.5})
+        attributes: dict[str, Any] = {name: {"conv_clamp": 0.5} for name in CLAMPED}
         made[key] = pickles.module(state, {}, attributes | {"MappingNetwork": {"lr_multiplier": 0.1}})
     pickles.save(tmp_path / "network.pkl", made, monkeypatch)
     read = convert.read(tmp_path / "network.pkl")
@@ -227,7 +229,7 @@ def test_what_fastgan_has_not_is_refused_by_name(tmp_path: Path, capsys, monkeyp
     assert "holds no network that is known; kinds are stylegan2, " in refused(tmp_path / "other.pth", capsys)
     torch.save(peer_state(named("dcgan_nets/G0_eval")), tmp_path / "g.pth")
     assert "no network that is known" in refused(tmp_path / "g.pth", capsys, "--kind", "progan")
-    with pytest.raises(UsageError, match="kind must be one of stylegan2, .*: got gan"):
+    with pytest.raises(UsageError, match=r"kind must be one of stylegan2, .*: got gan"):
         convert.read(tmp_path / "g.pth", "gan")
     state = peer_state(named("biggan_nets/G_0_res32_attn0_hier0_eval"))
     del state["linear.u0"]
@@ -252,7 +254,7 @@ def dcgan_generator(kernels: list[int], widths: list[int], sides: list[int], bia
 
 
 def dcgan_discriminator(kernels: list[int], widths: list[int], sides: list[int], bias: bool) -> nn.Sequential:
-    """From the last of `sides` to the first and to one logit; LeakyReLU between, a dropout behind the first."""
+    """From the last of `sides` to the first and to one logit, a dropout behind the first layer."""
     layers: list[nn.Module] = []
     for i in range(len(kernels) - 1, 0, -1):
         k = kernels[i]
@@ -387,7 +389,7 @@ def test_cyclegan_discriminators_of_other_builds(norm: type[nn.Module], layers: 
 # Networks of other sizes: ours under the peers' names, the inverse of what the converter does.
 
 
-def biggan_names(net: nn.Module) -> dict[str, Tensor]:
+def biggan_names(net: Any) -> dict[str, Tensor]:
     """BigGAN-PyTorch's state dict of one of our networks."""
     deep = any(".conv4." in name for name in net.state_dict())
     generator, places, blocks = hasattr(net, "bn"), {}, 0
@@ -456,10 +458,10 @@ BIGGANS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", BIGGANS)
 @torch.no_grad()
 def test_biggan_of_other_sizes(name: str, tmp_path: Path):
-    options = {"attention": 0} | BIGGANS[name]
+    options: dict[str, Any] = {"attention": 0} | BIGGANS[name]
     torch.manual_seed(0)
     G = biggan.Generator(**options).eval()
-    shared = {k: options[k] for k in ("c_dim", "resolution", "attention")} | {
+    shared: dict[str, Any] = {k: options[k] for k in ("c_dim", "resolution", "attention")} | {
         "deep": options.get("deep", False)
     }
     D = biggan.Discriminator(**shared, ndf=4, channels=3, attention_behind=[0]).eval()
@@ -479,7 +481,7 @@ def test_biggan_of_other_sizes(name: str, tmp_path: Path):
     torch.testing.assert_close(again(images, c), D.double()(images, c))
 
 
-def r3gan_names(net: nn.Module) -> dict[str, Tensor]:
+def r3gan_names(net: Any) -> dict[str, Tensor]:
     generator = isinstance(net, r3gan.Generator)
     state = {}
     for name, tensor in net.state_dict().items():
