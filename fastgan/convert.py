@@ -42,9 +42,9 @@ from fastgan.config import (
 )
 from fastgan.engine import one_hot
 from fastgan.models import family
-from fastgan.pretrained import Pretrained, _check_fit, read_own, write_own
+from fastgan.pretrained import Pretrained, check_fit, read_own, write_own
 from fastgan.public import PEERS, UNSUPPORTED, Peer, Source
-from fastgan.unpickle import Claim, Record
+from fastgan.unpickle import Claim, Record, printable
 
 KINDS = (*dict.fromkeys(peer.kind for peer in PEERS), "fastgan")
 PREFIXES = 4  # in front of a name: "state_dict.generator.module.main.0.weight" has so many at most
@@ -168,13 +168,17 @@ def find(path: Path, kind: str | None = None) -> list[Found]:
         source = Source(attributes=value if module else {}, beside=beside)
         networks = list(_networks(path, place, state, source, kind))
         found += networks
-        if not module and not any(network.place == ".".join(place) for network in networks):
+        if not module and not any(network.place == _named(place) for network in networks):
             left.extend(
                 ((*place, key), item, value)
                 for key, item in value.items()
                 if isinstance(key, str) and len(key) <= LONGEST_NAME
             )
     return found
+
+
+def _named(place: tuple[str, ...]) -> str:
+    return printable(".".join(place))
 
 
 def _flat(path: Path, module: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,7 +216,7 @@ def _networks(
             raise UsageError(f"{path} holds {what}")
     for peer in PEERS if state else ():
         if kind in (None, peer.kind) and peer.matches(state):
-            yield Found(".".join(place), peer, state, source)
+            yield Found(_named(place), peer, state, source)
             return
     groups: dict[str, dict[str, Claim | Tensor]] = {}
     for name, claim in state.items():
@@ -237,6 +241,13 @@ def _chosen(
     for network in sorted(found, key=lambda f: not AVERAGED.search(f.place)):
         if all(network.peer.kind == other.peer.kind for other in chosen.values()):
             chosen.setdefault(network.network, network)
+    kind = next(iter(chosen.values())).peer.kind
+    for option, value, kinds in (
+        ("--resolution", resolution, ("cyclegan", "dcgan")),
+        ("--alpha", alpha, ("progan",)),
+    ):
+        if value is not None and kind not in kinds:
+            raise UsageError(f"{option} does not apply to {path}, a {kind}, only to {' and '.join(kinds)}")
     return {
         name: dataclasses.replace(
             network, source=dataclasses.replace(network.source, resolution=resolution, alpha=alpha)
@@ -264,7 +275,7 @@ def _converted(path: Path, chosen: Mapping[str, Found], arguments: Mapping[str, 
         try:
             with torch.device("meta"):
                 net = BUILDERS[name](config, **options[name])
-            _check_fit(net, state | ({"mapping.w_avg": net.mapping.w_avg} if mean else {}))
+            check_fit(net, state | ({"mapping.w_avg": net.mapping.w_avg} if mean else {}))
         except UNFIT as error:
             raise _unknown(path, chosen[name], error) from None
         if mean:
@@ -301,7 +312,8 @@ def _read(path: Path, claims: Mapping[str, Claim | Tensor]) -> dict[str, Tensor]
 
 
 def _unknown(path: Path, network: Found, error: Exception) -> UsageError:
-    what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
+    what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+    what = printable((what or type(error).__name__).splitlines()[0])
     where = f"{network.place} of {path}" if network.place else str(path)
     return UsageError(
         f"{where} has the names of a {network.peer.kind} {network.network}, but cannot be one that is known: "

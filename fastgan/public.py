@@ -39,11 +39,14 @@ class Source:
     resolution: int | None = None
 
     def attribute(self, module: str, name: str, default: Any = None) -> Any:
-        """`name` of the submodule "a.b.c"; `default` where there is no such module or attribute."""
+        """`name` of the submodule "a.b.c", a number, string or None; `default` where there is none."""
         found: Any = self.attributes
         for part in module.split("."):
             found = found.get("_modules", {}).get(part, {})
-        return found.get(name, default)
+        value = found.get(name, default)
+        if not isinstance(value, int | float | str | None):
+            raise ValueError(f"{name} of its {module} is no number")
+        return value
 
 
 Converted = tuple[dict[str, Tensor], dict[str, Any]]  # tensors and constructor arguments under our names
@@ -159,7 +162,7 @@ def _alpha(source: Source) -> float:
         config = source.beside.get("config")
         alpha = config.get("alpha", 0.0) if isinstance(config, Mapping) else 0.0
     if not isinstance(alpha, int | float) or not 0 <= alpha < 1:
-        raise ValueError(f"alpha, the weight of the old branch, must be at least 0 and below 1: got {alpha}")
+        raise ValueError("alpha, the weight of the old branch, must be at least 0 and below 1")
     return float(alpha)
 
 
@@ -357,8 +360,10 @@ def _check_activations(source: Source) -> None:
     left = [source.attributes]
     while left:
         module = left.pop()
-        if module.get("activation", "linear") not in ("linear", "lrelu"):
-            raise ValueError(f"it has the activation {str(module['activation'])[:20]}; only lrelu is known")
+        activation = module.get("activation", "linear")
+        if activation not in ("linear", "lrelu"):
+            name = activation[:20] if isinstance(activation, str) else "of no name"
+            raise ValueError(f"it has the activation {name}; only lrelu is known")
         left += [m for m in module.get("_modules", {}).values() if isinstance(m, Mapping)]
 
 

@@ -119,6 +119,11 @@ class Claim:
         return torch.as_strided(self.storage.numbers, self.shape, self.stride, self.offset).clone()
 
 
+def printable(text: str) -> str:
+    """Text from a file, for a line of a terminal: some of it, and no control characters."""
+    return "".join(c if c.isprintable() else "?" for c in text[:300])
+
+
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """UsageError for whatever goes wrong with `path`, in one line, however long and odd its strings are."""
@@ -128,10 +133,9 @@ def _explained(path: Path) -> Iterator[None]:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         text = str(error) if type(error) is ValueError else f"it is damaged ({type(error).__name__})"
-        text = "".join(c if c.isprintable() else "?" for c in text[:300])
-        raise UsageError(f"{path} is refused, nothing of it was run: {text}") from None
+        raise UsageError(f"{path} is refused, nothing of it was run: {printable(text)}") from None
     except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError) as error:
-        raise UsageError(f"{path} is damaged: {error}") from None
+        raise UsageError(f"{path} is damaged: {printable(str(error))}") from None
 
 
 def read(path: Path) -> Any:
