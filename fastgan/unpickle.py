@@ -17,6 +17,7 @@ import math
 import mmap
 import pickletools
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,7 +144,8 @@ def read(path: Path) -> Any:
 
     Raises UsageError for a file that is damaged, names what it must not, or claims more than it holds.
     """
-    with _explained(path):
+    with _explained(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # pickletools' of damaged strings
         with path.open("rb") as file:
             if file.read(2) == b"PK":
                 return _read_zip(path)
@@ -498,6 +500,7 @@ def _with_state(value: Any, state: Any) -> Any:
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": lambda pairs=(): _dict(pairs),
+    "builtins.bytes": lambda: b"",  # how protocols below 3 write none
     "builtins.set": lambda members=(): set(map(_plain, members)),
     "builtins.object": lambda: Record("builtins.object"),
     "copyreg._reconstructor": _reconstructed,

@@ -464,7 +464,7 @@ def test_biggan_of_other_sizes(name: str, tmp_path: Path):
     shared: dict[str, Any] = {k: options[k] for k in ("c_dim", "resolution", "attention")} | {
         "deep": options.get("deep", False)
     }
-    D = biggan.Discriminator(**shared, ndf=4, channels=3, attention_behind=[0]).eval()
+    D = biggan.Discriminator(**shared, ndf=1, channels=3, attention_behind=[0]).eval()
     for net in (G, D):
         for key, tensor in net.state_dict().items():
             if tensor.is_floating_point() and not key.endswith(".u"):

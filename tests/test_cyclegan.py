@@ -265,7 +265,7 @@ def test_compiled_gradients_are_the_eager_ones(arch: str, gradients: Callable):
             lambda: cyclegan.Discriminator(resolution=16),
             "at least 24 for 3 layers: got 16; take fewer layers",
         ),
-        (lambda: cyclegan.Discriminator(ndf=0), "ndf and layers must be at least 1: got 0 and 3"),
+        (lambda: cyclegan.Discriminator(ndf=0), "ndf must be at least 1 and layers at least 0: got 0 and 3"),
         (lambda: cyclegan.Discriminator(pool=-1), "pool must be at least 0: got -1"),
         (lambda: cogan.Generator(resolution=7), "resolution must be at least 8: got 7"),
         (lambda: cogan.Generator(ngf=0), "z_dim and ngf must be at least 1: got 100 and 0"),

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from fastgan import convert, unpickle
 from fastgan.config import UsageError
 
-EXAMPLES = int(os.environ.get("FASTGAN_FUZZ_EXAMPLES", "50"))
+EXAMPLES = int(os.environ.get("FASTGAN_FUZZ_EXAMPLES", "40"))
 fuzz = settings(
     max_examples=EXAMPLES,
     deadline=None,
@@ -104,7 +104,7 @@ def test_damaged_files(tmp_path: Path, which: int, within: bool, changes: list[t
 @fuzz
 def test_state_dicts_of_other_shapes(tmp_path: Path, data: st.DataObject):
     """Names of public networks with tensors missing, renamed, or of other shapes, empty ones among them."""
-    state = dict(data.draw(st.sampled_from(STATES)))
+    state = dict(STATES[data.draw(st.integers(0, len(STATES) - 1))])
     for _ in range(data.draw(st.integers(0, 3))):
         name = data.draw(st.sampled_from(sorted(state)))
         match data.draw(st.sampled_from(["drop", "rename", "reshape", "copy", "retype"])):
@@ -122,11 +122,8 @@ def test_state_dicts_of_other_shapes(tmp_path: Path, data: st.DataObject):
                 )
             case _:
                 shape = data.draw(st.lists(st.sampled_from([0, 1, 2, 3, 1000]), max_size=5))
-                state[name] = (
-                    torch.zeros(1).expand(shape).contiguous()
-                    if torch.Size(shape).numel() < 1000**2
-                    else state[name]
-                )
+                if torch.Size(shape).numel() < 1000**2:
+                    state[name] = torch.zeros(shape)
         if not state:
             break
     file = io.BytesIO()
