@@ -5,7 +5,6 @@ import argparse
 import collections
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,9 +46,9 @@ def converted(src: Path, *options: str) -> Path:
     return out
 
 
-def refused(src: Path, capsys: pytest.CaptureFixture, *options: str) -> str:
+def refused(src: Path, capsys: pytest.CaptureFixture, *options: str, out: Path | None = None) -> str:
     """What the command says of a file that it does not take; nothing is written."""
-    out = src.with_name("refused.safetensors")
+    out = out or src.with_name("refused.safetensors")
     assert convert.main([str(src), str(out), *options]) == 2 and not out.exists()
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and str(src) in message, message
@@ -156,7 +155,7 @@ def pickled(names: tuple[str, str], path: Path, monkeypatch: pytest.MonkeyPatch,
     pickles.save(path, made, monkeypatch, protocol)
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("cfg", ["cfg0_res32_c0_skip_resnet", "cfg1_res16_c5_resnet_skip"])
 def test_stylegan2_pickles(cfg: str, protocol: int, tmp_path: Path, monkeypatch, capsys):
     """Names and attributes of a persistent pickle make the golden networks; nothing of it is run."""
@@ -643,10 +642,18 @@ def test_our_own_files_pass_through(tmp_path: Path):
     assert all(torch.equal(first.generator[k], again.generator[k]) for k in first.generator)
 
 
-def test_the_command_as_a_user_runs_it(tmp_path: Path):
+def test_what_the_command_prints(tmp_path: Path, capsys):
     src, out = GOLDEN / "checkpoints" / "rosinality_public0.pt", tmp_path / "out.safetensors"
-    command = [sys.executable, "-m", "fastgan.convert", str(src), str(out)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=GOLDEN.parents[1]).stdout
-    assert f"{src}: rosinality, in fastgan --arch stylegan" in told
-    assert "generator     g_ema: 16 pixels, 3 channels, 3,854 parameters, z of 8" in told
-    assert "left out      generator g" in told and f"wrote {out}" in told
+    assert convert.main([str(src), str(out)]) == 0
+    told = capsys.readouterr().out
+    assert f"{src}: rosinality, in fastgan --arch stylegan\n" in told
+    assert "  generator     g_ema: 16 pixels, 3 channels, 3,854 parameters, z of 8\n" in told
+    assert "  discriminator d: 16 pixels, 3 channels, 4,193 parameters\n" in told
+    assert f"  left out      generator g\nwrote {out}, 0.0 MiB\n" in told
+    for option, value, kinds in (("--resolution", "16", "cyclegan and dcgan"), ("--alpha", "0.5", "progan")):
+        assert f"a rosinality, only to {kinds}" in refused(
+            src, capsys, option, value, out=tmp_path / "no.safetensors"
+        )
+    assert "--set depth: no network of --arch stylegan" in refused(
+        src, capsys, "--set", "depth=3", out=tmp_path / "no.safetensors"
+    )

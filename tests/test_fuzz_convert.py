@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from fastgan import convert, unpickle
 from fastgan.config import UsageError
 
-EXAMPLES = int(os.environ.get("FASTGAN_FUZZ_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("FASTGAN_FUZZ_EXAMPLES", "30"))
 fuzz = settings(
     max_examples=EXAMPLES,
     deadline=None,
