@@ -2,13 +2,14 @@
 
 import sys
 
-from fastgan import doctor, evaluate, export, generate, prepare, profile, report, train
+from fastgan import convert, doctor, evaluate, export, generate, prepare, profile, report, train
 
 COMMANDS = {
     "train": train.main,
     "prepare": prepare.main,
     "generate": generate.main,
     "evaluate": evaluate.main,
+    "convert": convert.main,
     "profile": profile.main,
     "doctor": doctor.main,
     "report": report.main,

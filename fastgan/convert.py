@@ -1,242 +1,426 @@
-"""Weights of public implementations under our names: state dicts in, state dicts out.
+"""python -m fastgan.convert: networks of public implementations as files of ours.
 
-The functions are differentiable and copy nothing, so that gradients can be compared through them.
+Reads, by what a file holds and whatever its name is:
+
+    stylegan2     stylegan2-ada-pytorch's and stylegan3's StyleGAN2, .pkl or a state dict
+    rosinality    rosinality/stylegan2-pytorch, .pt
+    biggan        BigGAN-PyTorch and its BigGAN-deep, G.pth, G_ema.pth and D.pth
+    cyclegan      pytorch-CycleGAN, latest_net_G_A.pth and latest_net_D_A.pth: ResNets, PatchGANs, PixelGANs
+    dcgan         pytorch/examples' dcgan and others of its build
+    progan        pytorch_GAN_zoo's ProGAN
+    r3gan         R3GAN, .pkl or a state dict
+    fastgan       a run's folder or a .safetensors of ours
+
+No code of the file is run, nothing that it names is imported, and what it claims to hold must be in it. Kind
+and sizes are read off the tensors' names and shapes. State dicts are looked for under other keys and behind
+prefixes such as "module."; of several generators an averaged one is taken.
 """
 
-import math
+import argparse
+import collections
+import dataclasses
+import inspect
+import json
 import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastgan import cli, unpickle
+from fastgan.checkpoint import load_tensors
+from fastgan.config import (
+    Config,
+    UsageError,
+    build_discriminator,
+    build_generator,
+    make_config,
+    network_options,
+)
+from fastgan.engine import one_hot
+from fastgan.models import family
+from fastgan.pretrained import Pretrained, check_fit, read_own, write_own
+from fastgan.public import PEERS, UNSUPPORTED, Peer, Source
+from fastgan.unpickle import Claim, Record, printable
 
-def progan_generator(state: dict[str, Tensor], alpha: float = 0.0) -> dict[str, Tensor]:
-    """pytorch_GAN_zoo's ProGAN generator as `progan.Generator`'s state, grown to all of its scales.
+KINDS = (*dict.fromkeys(peer.kind for peer in PEERS), "fastgan")
+PREFIXES = 4  # in front of a name: "state_dict.generator.module.main.0.weight" has so many at most
+DEPTH, MOST_NAMES, LONGEST_NAME = 16, 100_000, 200  # of what a checkpoint is searched for
+LARGEST = 1 << 20  # of a network's sizes
+AVERAGED = re.compile(r"ema|avg|average", re.IGNORECASE)
+# What shapes that make no network come to, in adapters and constructors.
+UNFIT = (ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, AttributeError, AssertionError)
+BUILDERS = {"generator": build_generator, "discriminator": build_discriminator}
+BATCHES = 64  # of 64 samples of w, where its mean has to be estimated: as many as rosinality takes
 
-    `alpha` is the zoo's, the weight of the old branch. Its layers multiply weight and bias by sqrt(2 / fan
-    in); ours the weight alone, and hidden layers by sqrt(2) behind the activation. Its taps correlate with
-    the upsampled image, ours convolve with it.
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A network in a file: its place there, what it is, its tensors, and what was beside them."""
+
+    place: str
+    peer: Peer
+    claims: Mapping[str, Claim | Tensor]
+    source: Source
+
+    @property
+    def network(self) -> str:
+        return self.peer.network
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser(prog="fastgan convert", description=__doc__, formatter_class=cli.Prose)
+    p.add_argument("src", metavar="SRC", type=Path, help="a checkpoint, or the folder of a run")
+    p.add_argument("out", metavar="OUT", type=Path, help="the .safetensors to write")
+    p.add_argument("--kind", choices=KINDS, help="whose it is (default: what its tensors' names say)")
+    p.add_argument(
+        "--resolution",
+        type=int,
+        help="side of the images, where the tensors do not tell: of cyclegan, whose networks take any "
+        "(default: 256), and of dcgan, for sides that are no doublings of the first map's",
+    )
+    p.add_argument(
+        "--alpha",
+        type=float,
+        help="of a progan saved while a resolution was fading in: the weight of the old one, as "
+        "pytorch_GAN_zoo counts (default: what the checkpoint's config says, or 0)",
+    )
+    p.add_argument(
+        "--set",
+        dest="arguments",
+        metavar="NAME=VALUE",
+        type=_argument,
+        action="append",
+        default=[],
+        help="an argument of the networks' constructors that tensors cannot tell, such as mbstd_group=2, "
+        "conv_clamp=256 or slope=0.1; may be given again",
+    )
+    return p
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def read(
+    path: Path,
+    kind: str | None = None,
+    resolution: int | None = None,
+    alpha: float | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> Pretrained:
+    """The networks in any file that fastgan knows, under our names.
+
+    `kind` is one of KINDS, for what is taken for another; the rest as the command's options, `arguments`
+    those of --set. Raises UsageError for a file that is damaged, hostile, or holds no network that is known.
     """
-    stages = _count(state, "scaleLayers.{}.0.module.weight")
-    out = {"growth": torch.tensor(stages - alpha, dtype=torch.float64)}
-    out |= _zoo_layer(state, "formatLayer", "dense") | _zoo_layer(state, "groupScale0.0", "blocks.0.0")
-    for i in range(stages):
-        out |= _zoo_layer(state, f"scaleLayers.{i}.0", f"blocks.{i + 1}.0")
-        out[f"blocks.{i + 1}.0.weight"] = out[f"blocks.{i + 1}.0.weight"].flip([2, 3])
-        out |= _zoo_layer(state, f"scaleLayers.{i}.1", f"blocks.{i + 1}.1")
-    for i in range(stages + 1):
-        out |= _zoo_layer(state, f"toRGBLayers.{i}", f"torgb.{i}", hidden=False)
-    return out
+    path = Path(path)
+    if kind is not None and kind not in KINDS:
+        raise UsageError(f"kind must be one of {', '.join(KINDS)}: got {kind}")
+    if kind == "fastgan" or (kind is None and _is_own(path)):
+        return read_own(path)
+    return _converted(path, _chosen(path, find(path, kind), resolution, alpha), arguments or {})
 
 
-def progan_discriminator(state: dict[str, Tensor], alpha: float = 0.0, group: int = 4) -> dict[str, Tensor]:
-    """pytorch_GAN_zoo's ProGAN discriminator as `progan.Discriminator`'s state (see `progan_generator`).
-
-    Its minibatch standard deviation is the unbiased one: that of ours for values sqrt(group / (group - 1))
-    times larger, as the layers before it here make them, and the one behind it makes up for. Its groups are
-    consecutive samples, ours are strided.
-    """
-    stages = _count(state, "scaleLayers.{}.0.module.weight")
-    out = {"growth": torch.tensor(stages - alpha, dtype=torch.float64)}
-    for i in range(stages):
-        for j in range(2):
-            out |= _zoo_layer(state, f"scaleLayers.{i}.{j}", f"blocks.{i}.{j}")
-    for i in range(stages + 1):
-        out |= _zoo_layer(state, f"fromRGBLayers.{i}", f"fromrgb.{i}")
-    out |= _zoo_layer(state, "groupScaleZero.0", "b4.conv") | _zoo_layer(state, "groupScaleZero.1", "b4.fc")
-    out |= _zoo_layer(state, "decisionLayer", "b4.out", hidden=False)
-    larger = math.sqrt(group / (group - 1))
-    for layer in ("fromrgb.0", "blocks.0.1"):  # what the last 4x4 sees, grown or not
-        out |= {f"{layer}.{part}": out[f"{layer}.{part}"] * larger for part in ("weight", "bias")}
-    features, deviation = out["b4.conv.weight"].split([out["b4.conv.weight"].shape[1] - 1, 1], dim=1)
-    out["b4.conv.weight"] = torch.cat([features / larger, deviation], dim=1)
-    return out
+def _is_own(path: Path) -> bool:
+    """A folder, or a safetensors file with our header."""
+    if path.is_dir():
+        return True
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        return "config" in load_tensors(path, "no tensor")[1]
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
-def _zoo_layer(state: dict[str, Tensor], theirs: str, ours: str, hidden: bool = True) -> dict[str, Tensor]:
-    weight, bias = state[f"{theirs}.module.weight"], state[f"{theirs}.module.bias"]
-    gain = 1.0 if hidden else math.sqrt(2)
-    return {f"{ours}.weight": weight * gain, f"{ours}.bias": bias * gain / math.sqrt(weight[0].numel())}
+def find(path: Path, kind: str | None = None) -> list[Found]:
+    """All networks of `kind`, or of any, in the file."""
+    if path.suffix == ".safetensors":
+        try:
+            root: Any = load_tensors(path)[0]
+        except (ValueError, OSError) as error:
+            raise UsageError(f"{path} cannot be read: {error}") from None
+    else:
+        root = unpickle.read(path)
+    found: list[Found] = []
+    seen: set[int] = set()
+    left: collections.deque[tuple[tuple[str, ...], Any, Any]] = collections.deque([((), root, {})])
+    while left:
+        place, value, beside = left.popleft()
+        if id(value) in seen or len(place) > DEPTH:
+            continue
+        seen.add(id(value))
+        if isinstance(value, list | tuple):
+            left.extend(((*place, str(i)), item, {}) for i, item in enumerate(value))
+        if not isinstance(value, dict):
+            continue
+        module = isinstance(value, Record) and "_modules" in value
+        state = _flat(path, value) if module else value
+        state = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Claim | Tensor)}
+        source = Source(attributes=value if module else {}, beside=beside)
+        networks = list(_networks(path, place, state, source, kind))
+        found += networks
+        if not module and not any(network.place == _named(place) for network in networks):
+            left.extend(
+                ((*place, key), item, value)
+                for key, item in value.items()
+                if isinstance(key, str) and len(key) <= LONGEST_NAME
+            )
+    return found
 
 
-def rosinality_generator(state: dict[str, Tensor], latent_avg: Tensor | None = None) -> dict[str, Tensor]:
-    """rosinality/stylegan2-pytorch's generator as `stylegan.Generator`'s state.
-
-    `state` is a checkpoint's "g" or "g_ema", `latent_avg` its entry of that name. Weights carry a batch
-    dimension of one; a resolution's layers are convs.2i, which upsamples, and convs.2i+1; the noise buffers
-    may be missing.
-    """
-    out = {"mapping.w_avg": torch.zeros_like(state["style.1.bias"])}
-    if latent_avg is not None:
-        out["mapping.w_avg"] = latent_avg.reshape(-1)
-    for i in range(_count(state, "style.{}.weight", first=1)):
-        for part in ("weight", "bias"):
-            out[f"mapping.fc{i}.{part}"] = state[f"style.{i + 1}.{part}"]
-    out["synthesis.b4.const"] = state["input.input"][0]
-    outputs, layers, sides = {"to_rgb1": "b4"}, {"conv1": "b4.conv1"}, [4]
-    for i in range(_count(state, "to_rgbs.{}.bias")):
-        side = 8 << i
-        outputs[f"to_rgbs.{i}"] = f"b{side}"
-        layers |= {f"convs.{2 * i}": f"b{side}.conv0", f"convs.{2 * i + 1}": f"b{side}.conv1"}
-        sides += [side, side]
-    for theirs, block in outputs.items():
-        out |= _modulated(state, theirs, f"synthesis.{block}.torgb")
-        out[f"synthesis.{block}.torgb.bias"] = state[f"{theirs}.bias"].reshape(-1)
-    for i, ((theirs, ours), side) in enumerate(zip(layers.items(), sides, strict=True)):
-        out |= _modulated(state, theirs, f"synthesis.{ours}")
-        out[f"synthesis.{ours}.bias"] = state[f"{theirs}.activate.bias"]
-        out[f"synthesis.{ours}.noise_strength"] = state[f"{theirs}.noise.weight"][0]
-        noise = state.get(f"noises.noise_{i}")
-        noise = out["synthesis.b4.const"].new_zeros(side, side) if noise is None else noise[0, 0]
-        out[f"synthesis.{ours}.noise_const"] = noise
-    return out
+def _named(place: tuple[str, ...]) -> str:
+    return printable(".".join(place))
 
 
-def _modulated(state: dict[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:
+def _flat(path: Path, module: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict of a module of which only attributes are known."""
+    state: dict[str, Any] = {}
+    left, count = [("", module, 0)], 0
+    while left:
+        prefix, record, depth = left.pop()
+        inner = record.get("_modules")
+        for group in (record.get("_parameters"), record.get("_buffers"), inner):
+            if not isinstance(group, dict):
+                continue
+            count += len(group)
+            named = all(isinstance(name, str) and len(name) <= LONGEST_NAME for name in group)
+            if count > MOST_NAMES or depth > DEPTH or not named:
+                raise UsageError(f"{path} is refused: its modules hold one another without end")
+            if group is inner:
+                left += [(f"{prefix}{n}.", m, depth + 1) for n, m in group.items() if isinstance(m, dict)]
+            else:
+                state |= {f"{prefix}{name}": tensor for name, tensor in group.items()}
+    return state
+
+
+def _networks(
+    path: Path,
+    place: tuple[str, ...],
+    state: Mapping[str, Claim | Tensor],
+    source: Source,
+    kind: str | None,
+    prefixes: int = 0,
+) -> Iterator[Found]:
+    """The networks that `state` is or, behind prefixes, has."""
+    for key, what in UNSUPPORTED.items():
+        if key in state:
+            raise UsageError(f"{path} holds {what}")
+    for peer in PEERS if state else ():
+        if kind in (None, peer.kind) and peer.matches(state):
+            yield Found(_named(place), peer, state, source)
+            return
+    groups: dict[str, dict[str, Claim | Tensor]] = {}
+    for name, claim in state.items():
+        head, dot, rest = name.partition(".")
+        if dot and prefixes < PREFIXES:
+            groups.setdefault(head, {})[rest] = claim
+    for head, group in groups.items():
+        inner = source.attributes.get("_modules", {}).get(head, {})
+        inner = dataclasses.replace(source, attributes=inner if isinstance(inner, Mapping) else {})
+        yield from _networks(path, (*place, head), group, inner, kind, prefixes + 1)
+
+
+def _chosen(
+    path: Path, found: Sequence[Found], resolution: int | None, alpha: float | None
+) -> dict[str, Found]:
+    """One network of each sort, of one kind: averaged before others, the first before later ones."""
+    if not found:
+        raise UsageError(
+            f"{path} holds no network that is known; kinds are {', '.join(KINDS)}, and --kind names one"
+        )
+    chosen: dict[str, Found] = {}
+    for network in sorted(found, key=lambda f: not AVERAGED.search(f.place)):
+        if all(network.peer.kind == other.peer.kind for other in chosen.values()):
+            chosen.setdefault(network.network, network)
+    kind = next(iter(chosen.values())).peer.kind
+    for option, value, kinds in (
+        ("--resolution", resolution, ("cyclegan", "dcgan")),
+        ("--alpha", alpha, ("progan",)),
+    ):
+        if value is not None and kind not in kinds:
+            raise UsageError(f"{option} does not apply to {path}, a {kind}, only to {' and '.join(kinds)}")
     return {
-        f"{ours}.weight": state[f"{theirs}.conv.weight"][0],
-        f"{ours}.affine.weight": state[f"{theirs}.conv.modulation.weight"],
-        f"{ours}.affine.bias": state[f"{theirs}.conv.modulation.bias"],
+        name: dataclasses.replace(
+            network, source=dataclasses.replace(network.source, resolution=resolution, alpha=alpha)
+        )
+        for name, network in chosen.items()
     }
 
 
-def rosinality_discriminator(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """rosinality/stylegan2-pytorch's discriminator as `stylegan.Discriminator`'s state.
-
-    A residual block, convs.1 at the full resolution, is conv1, conv2 (behind a blur) and skip.
-    """
-    blocks = _count(state, "convs.{}.conv1.0.weight", first=1)
-    names = {"convs.0.0.weight": f"b{4 << blocks}.fromrgb.weight"}
-    names["convs.0.1.bias"] = f"b{4 << blocks}.fromrgb.bias"
-    for i in range(1, blocks + 1):
-        theirs, ours = f"convs.{i}", f"b{8 << (blocks - i)}"
-        names |= {f"{theirs}.conv1.0.weight": f"{ours}.conv0.weight"}
-        names |= {f"{theirs}.conv1.1.bias": f"{ours}.conv0.bias"}
-        names |= {f"{theirs}.conv2.1.weight": f"{ours}.conv1.weight"}
-        names |= {f"{theirs}.conv2.2.bias": f"{ours}.conv1.bias"}
-        names |= {f"{theirs}.skip.1.weight": f"{ours}.skip.weight"}
-    names |= {"final_conv.0.weight": "b4.conv.weight", "final_conv.1.bias": "b4.conv.bias"}
-    for i, ours in enumerate(("fc", "out")):
-        names |= {f"final_linear.{i}.{part}": f"b4.{ours}.{part}" for part in ("weight", "bias")}
-    return {ours: state[theirs] for theirs, ours in names.items()}
-
-
-def _count(state: dict[str, Tensor], name: str, first: int = 0) -> int:
-    """How many of name.format(first), name.format(first + 1), ... there are in a row."""
-    last = first
-    while name.format(last) in state:
-        last += 1
-    return last - first
-
-
-def biggan_generator(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """BigGAN-PyTorch's G.pth or G_ema.pth, of BigGAN.py or BigGANdeep.py, for `models.biggan.Generator`."""
-    return _biggan(state)
-
-
-def biggan_discriminator(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """BigGAN-PyTorch's D.pth, of BigGAN.py or BigGANdeep.py, for `models.biggan.Discriminator`."""
-    return _biggan(state)
+def _converted(path: Path, chosen: Mapping[str, Found], arguments: Mapping[str, Any]) -> Pretrained:
+    states: dict[str, dict[str, Tensor]] = {}
+    options: dict[str, dict[str, Any]] = {"generator": {}, "discriminator": {}}
+    for name, network in chosen.items():
+        states[name], options[name] = _convert(path, network)
+    arch = next(iter(chosen.values())).peer.arch
+    known = {name: inspect.signature(getattr(family(arch), name.capitalize())).parameters for name in states}
+    for key, value in arguments.items():
+        if not any(key in parameters for parameters in known.values()):
+            raise UsageError(f"--set {key}: no network of --arch {arch} in {path} has such an argument")
+        for name, parameters in known.items():
+            options[name] |= {key: value} if key in parameters else {}
+    config = _config(path, arch, options["discriminator"] | options["generator"])
+    for name, state in states.items():
+        options[name] = _beyond(config, name, options[name])
+        mean = arch == "stylegan" and name == "generator" and "mapping.w_avg" not in state
+        try:
+            with torch.device("meta"):
+                net = BUILDERS[name](config, **options[name])
+            check_fit(net, state | ({"mapping.w_avg": net.mapping.w_avg} if mean else {}))
+        except UNFIT as error:
+            raise _unknown(path, chosen[name], error) from None
+        if mean:
+            state["mapping.w_avg"] = _mean_w(config, options[name], state)
+    return Pretrained(
+        config,
+        states.get("generator"),
+        states.get("discriminator"),
+        options["generator"],
+        options["discriminator"],
+        images=0,
+    )
 
 
-def _biggan(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Blocks in one list, not one a stage; a weight with a u0 beside it is spectrally normalized."""
-    nested = sorted({tuple(map(int, k.split(".")[1:3])) for k in state if k.startswith("blocks.")})
-    stem = any(k.startswith("input_conv.") for k in state)
-    places = {f"blocks.{i}.{j}": f"blocks.{n + stem}" for n, (i, j) in enumerate(nested)}
-    places |= {"input_conv": "blocks.0", "output_layer.0": "bn", "output_layer.2": "conv"}
-    ours = {}
-    for key, tensor in state.items():
-        owner, _, name = key.rpartition(".")
-        for theirs, place in places.items():
-            if owner == theirs or owner.startswith(f"{theirs}."):
-                owner = place + owner.removeprefix(theirs)
-                break
-        if owner.endswith((".bn1.bias", ".bn2.bias", ".bn3.bias", ".bn4.bias")):  # a layer, not a vector
-            owner = owner.removesuffix("bias") + "shift"
-        if name == "u0":
-            ours[f"{owner}.parametrizations.weight.0.u"] = tensor[0]
-        elif name == "weight" and f"{key.removesuffix('weight')}u0" in state:
-            ours[f"{owner}.parametrizations.weight.original"] = tensor
-        elif name == "stored_mean":
-            ours[f"{owner}.running_mean"] = tensor
-            ours[f"{owner}.num_batches_tracked"] = torch.tensor(0)
-        elif name == "stored_var":
-            ours[f"{owner}.running_var"] = tensor
-        elif not name.startswith("sv"):  # what sigma last was
-            ours[f"{owner}.{'weight' if name == 'gain' else name}".lstrip(".")] = tensor
-    return ours
+def _convert(path: Path, network: Found) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors, in fp32 at least, and constructor arguments under our names."""
+    state = _read(path, network.claims)
+    beside = {k: v for k, v in network.source.beside.items() if k in ("latent_avg", "config")}
+    mean = beside.get("latent_avg")
+    if isinstance(mean, Claim):
+        beside |= _read(path, {"latent_avg": mean})
+    try:
+        weights, options = network.peer.convert(state, dataclasses.replace(network.source, beside=beside))
+    except UNFIT as error:
+        raise _unknown(path, network, error) from None
+    return weights, options
 
 
-_R3GAN_NAMES = [
-    (r"AggregationLayer\.Layer", "to_rgb"),
-    (r"ExtractionLayer\.Layer", "from_rgb"),
-    (r"EmbeddingLayer\.weight", "embedding"),
-    (r"MainLayers\.\d+\.Layers\.\d+\.Basis(\.weight)?", "basis"),
-    (r"MainLayers\.\d+\.Layers\.\d+\.LinearLayer\.weight", "project"),
-]
+def _read(path: Path, claims: Mapping[str, Claim | Tensor]) -> dict[str, Tensor]:
+    state = {k: v for k, v in claims.items() if isinstance(v, Tensor)}
+    state |= unpickle.tensors(path, {k: v for k, v in claims.items() if isinstance(v, Claim)})
+    half = (torch.float16, torch.bfloat16)
+    return {k: state[k].float() if state[k].dtype in half else state[k] for k in claims}
 
 
-def r3gan(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state_dict of a generator or discriminator of brownvc/R3GAN for models/r3gan.py."""
-    generator = any("AggregationLayer" in name for name in state)
-    ours = {}
-    for name, tensor in state.items():
-        name = name.removeprefix("Model.")
-        if name.endswith("Resampler.Kernel"):
-            continue
-        for theirs, new in _R3GAN_NAMES:
-            name = re.sub(theirs, new, name)
-        if layer := re.fullmatch(r"MainLayers\.(\d+)\.Layers\.(\d+)\.(.*)", name):
-            stage, i, rest = int(layer[1]), int(layer[2]), layer[3]
-            if rest == "LinearLayer.Layer.weight":  # in G it leads to the stage, in D it ends it
-                name = f"transitions.{stage - generator}.weight"
-            else:
-                rest = rest.replace("LinearLayer", "conv").replace(".Layer", "")
-                rest = re.sub(r"NonLinearity(\d)\.Bias", r"bias\1", rest)
-                name = f"stages.{stage}.{i - generator}.{rest}"
-        if name.endswith("basis"):
-            tensor = tensor.reshape(-1, 4, 4)
-        elif tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
-            tensor = tensor[:, :, 0, 0]
-        ours[name] = tensor
-    return ours
+def _unknown(path: Path, network: Found, error: Exception) -> UsageError:
+    what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+    what = printable((what or type(error).__name__).splitlines()[0])
+    where = f"{network.place} of {path}" if network.place else str(path)
+    return UsageError(
+        f"{where} has the names of a {network.peer.kind} {network.network}, but cannot be one that is known: "
+        f"{what}; --kind names another kind, of {', '.join(KINDS)}"
+    )
 
 
-def cyclegan_generator(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """pytorch-CycleGAN's ResNet generator, latest_net_G_A.pth, for `cyclegan.ResNet`.
-
-    Its layers are numbered through one Sequential: stem 1, downsampling 4 and 7, blocks from 10 on, then
-    upsampling and the output. In a block the second convolution comes fifth, or sixth behind a dropout.
-    """
-    after = 10 + len({k.split(".")[1] for k in state if ".conv_block." in k})
-    names = {"1": "stem", "4": "down.0", "7": "down.1"}
-    names |= {str(after): "up.0", str(after + 3): "up.1", str(after + 7): "out"}
-
-    def ours(name: str) -> str:
-        block = re.fullmatch(r"model\.(\d+)\.conv_block\.([156])\.(weight|bias)", name)
-        if block:
-            place, conv, kind = block.groups()
-            return f"blocks.{int(place) - 10}.conv{int(conv != '1')}.{kind}"
-        _, place, kind = name.split(".")
-        return f"{names[place]}.{kind}"
-
-    return {ours(name): tensor for name, tensor in _cyclegan_convolutions(state).items()}
+def _config(path: Path, arch: str, options: Mapping[str, Any]) -> Config:
+    """The preset of `arch` with the networks' sizes, as far as it has fields for them, and in fp32: outputs
+    are to equal the peer's."""
+    if any(type(value) is int and value > LARGEST for value in options.values()):
+        raise UsageError(f"{path} holds an {arch} of sizes that no network has")
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    given = {k: v for k, v in options.items() if k in fields and k in network_options(arch) and v is not None}
+    given = {k: v for k, v in given.items() if not (choices := fields[k].metadata["choices"]) or v in choices}
+    if "c_dim" in options:
+        given |= {"cond": options["c_dim"] > 0, "classes": options["c_dim"]}
+    if (group := given.get("mbstd_group", 1)) > 0:
+        given["batch"] = group * max(1, 16 // group) * 2
+    try:
+        return make_config(arch, precision="fp32", **given)
+    except (UsageError, *UNFIT) as error:
+        raise UsageError(f"{path} holds an {arch} of sizes that fastgan cannot build: {error}") from None
 
 
-def cyclegan_discriminator(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """pytorch-CycleGAN's PatchGAN, latest_net_D_A.pth, for `cyclegan.PatchGAN`: a Sequential."""
-    state = _cyclegan_convolutions(state)
-    places = sorted({int(k.split(".")[1]) for k in state})
-    names = {place: f"convs.{i}" for i, place in enumerate(places[1:-1])}
-    names |= {places[0]: "stem", places[-1]: "out"}
-    return {f"{names[int(k.split('.')[1])]}.{k.split('.')[2]}": v for k, v in state.items()}
+def _beyond(config: Config, network: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a network's arguments that neither the config nor its constructor gives."""
+    parameters = inspect.signature(getattr(family(config.arch), network.capitalize())).parameters
+    usual = {name: parameter.default for name, parameter in parameters.items()}
+    usual |= {name: getattr(config, name) for name in usual if hasattr(config, name)}
+    usual = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
+    return {name: value for name, value in options.items() if usual[name] != value}
 
 
-def _cyclegan_convolutions(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state` without the statistics that instance norm kept in old versions and never used."""
-    kept = {k: v for k, v in state.items() if "running_" not in k and "num_batches_tracked" not in k}
-    for name, tensor in kept.items():
-        if name.endswith("weight") and tensor.ndim != 4:
-            raise ValueError(f"{name} belongs to a batch norm; only networks made with --norm instance load")
-    return kept
+@torch.inference_mode()
+def _mean_w(config: Config, options: Mapping[str, Any], state: Mapping[str, Tensor]) -> Tensor:
+    """The mean w of random latents, and labels; a function of the weights alone."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        G = build_generator(config, **options)
+        G.load_state_dict({**state, "mapping.w_avg": G.mapping.w_avg})
+        total = torch.zeros_like(G.mapping.w_avg)
+        for _ in range(BATCHES):
+            z = torch.randn(64, G.z_dim)
+            c = one_hot(torch.randint(G.c_dim, [64]), G.c_dim) if G.c_dim else None
+            total += G.mapping(z, c)[:, 0].mean(0)
+        return (total / BATCHES).clone()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(_main, argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    args = parser().parse_args(argv)
+    _check_out(args)
+    if args.kind == "fastgan" or (args.kind is None and _is_own(args.src)):
+        networks = read_own(args.src)
+        print(f"{args.src}: fastgan, --arch {networks.config.arch}")
+        places, left = {}, []
+    else:
+        found = find(args.src, args.kind)
+        chosen = _chosen(args.src, found, args.resolution, args.alpha)
+        networks = _converted(args.src, chosen, dict(args.arguments))
+        kind = next(iter(chosen.values())).peer.kind
+        print(f"{args.src}: {kind}, in fastgan --arch {networks.config.arch}")
+        places = {name: network.place for name, network in chosen.items()}
+        left = [f"{f.network} {f.place or '(all of it)'}" for f in found if f.place not in places.values()]
+    for name in ("generator", "discriminator"):
+        state = getattr(networks, name)
+        if state is not None:
+            print(f"  {name:14}{_described(networks, name, places.get(name, ''))}")
+    if left:
+        print(f"  {'left out':14}{', '.join(left)}")
+    try:
+        write_own(args.out, networks)
+    except OSError as error:
+        raise UsageError(f"{args.out} cannot be written: {error.strerror}") from None
+    print(f"wrote {args.out}, {args.out.stat().st_size / 2**20:.1f} MiB")
+    return 0
+
+
+def _check_out(args: argparse.Namespace) -> None:
+    if args.out.suffix != ".safetensors":
+        raise UsageError(f"OUT must end in .safetensors: got {args.out}")
+    if not args.out.parent.is_dir():
+        raise UsageError(f"{args.out.parent} is not a folder; make it or choose another OUT")
+    if args.resolution is not None and args.resolution < 1:
+        raise UsageError(f"--resolution must be at least 1: got {args.resolution}")
+
+
+def _described(networks: Pretrained, name: str, place: str) -> str:
+    config, options = networks.config, getattr(networks, f"{name}_options")
+
+    def value(key: str) -> Any:
+        return options.get(key, getattr(config, key))
+
+    with torch.device("meta"):
+        count = sum(p.numel() for p in BUILDERS[name](config, **options).parameters())
+    parts = [f"{value('resolution')} pixels, {value('channels')} channels, {count:,} parameters"]
+    if "z_dim" in network_options(config.arch) and name == "generator":
+        parts.append(f"z of {value('z_dim')}")
+    if "c_dim" in network_options(config.arch) and value("c_dim"):
+        parts.append(f"{value('c_dim')} classes")
+    parts += [f"{k} {v}" for k, v in options.items() if k not in ("resolution", "channels", "z_dim", "c_dim")]
+    return (f"{place}: " if place else "") + ", ".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

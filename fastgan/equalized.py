@@ -23,6 +23,16 @@ def channels_at(resolution: int, channel_base: int, channel_max: int) -> int:
     return min(channel_base // resolution, channel_max)
 
 
+def channels_up_to(
+    resolution: int, channel_base: int, channel_max: int, widths: Sequence[int] | None = None
+) -> list[int]:
+    """Channels at 4, 8, ..., `resolution` pixels: `channels_at` each, or `widths`, where those are given."""
+    sides = [2**i for i in range(2, resolution.bit_length())]
+    if widths is not None and len(widths) != len(sides):
+        raise ValueError(f"widths must be {len(sides)} for resolution {resolution}: got {list(widths)}")
+    return list(widths or (channels_at(r, channel_base, channel_max) for r in sides))
+
+
 class FullyConnected(nn.Module):
     """y = act(x W^T * lr_multiplier / sqrt(in) + b * lr_multiplier), equalized learning rate."""
 
@@ -97,7 +107,8 @@ class Conv2d(nn.Module):
 class Mapping(nn.Module):
     """z [N, z_dim] (and labels c [N, c_dim]) -> w [N, num_ws, w_dim], with a running mean of w.
 
-    num_ws None returns [N, w_dim] and keeps no mean: the discriminator's embedding of the label.
+    num_ws None returns [N, w_dim] and keeps no mean: the discriminator's embedding of the label. Labels are
+    embedded in `embed_features` dimensions, hidden layers have `layer_features`: w_dim of both by default.
     """
 
     w_avg: Tensor
@@ -111,14 +122,17 @@ class Mapping(nn.Module):
         num_layers: int = 8,
         lr_multiplier: float = 0.01,
         w_avg_beta: float | None = 0.995,
+        embed_features: int | None = None,
+        layer_features: int | None = None,
     ):
         super().__init__()
         if z_dim == 0 and c_dim == 0:
             raise ValueError("a mapping network needs z_dim or c_dim above 0")
         self.z_dim, self.c_dim, self.num_ws, self.w_avg_beta = z_dim, c_dim, num_ws, w_avg_beta
         if c_dim > 0:
-            self.embed = FullyConnected(c_dim, w_dim)
-        widths = [z_dim + (w_dim if c_dim > 0 else 0)] + [w_dim] * num_layers
+            self.embed = FullyConnected(c_dim, embed_features or w_dim)
+        widths = [z_dim + (self.embed.bias.numel() if c_dim > 0 else 0)]
+        widths += [layer_features or w_dim] * (num_layers - 1) + [w_dim] * (num_layers > 0)
         self.layers: list[str] = []
         for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
             self.add_module(f"fc{i}", FullyConnected(fan_in, fan_out, "lrelu", lr_multiplier))

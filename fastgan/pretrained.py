@@ -95,7 +95,7 @@ def read(path: Path | str) -> Pretrained:
     if path.is_dir() or path.suffix == ".safetensors":
         return read_own(path)
     # Here, as that module imports this one.
-    from fastgan.convert import read as read_public  # pyright: ignore[reportAttributeAccessIssue]
+    from fastgan.convert import read as read_public
 
     return read_public(path)
 

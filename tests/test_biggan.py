@@ -11,9 +11,9 @@ from golden_cases import Case, golden
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastgan.convert import biggan_discriminator, biggan_generator
 from fastgan.losses import orthogonal
 from fastgan.models import biggan, sagan
+from fastgan.public import biggan_discriminator, biggan_generator
 from fastgan.spectral import (
     ConditionalBatchNorm2d,
     Embedding,
@@ -443,7 +443,9 @@ def test_compiled_gradients_are_the_eager_ones(arch: str, phase):
 
 @golden("biggan_nets", "biggan_G", train=False)
 def test_a_checkpoint_of_biggan_pytorch_makes_its_pictures(case: Case):
-    state = torch.load(Path(__file__).parent / "golden" / "biggan_public0_G.pth", weights_only=True)
+    state = torch.load(
+        Path(__file__).parent / "golden" / "checkpoints" / "biggan_public0_G.pth", weights_only=True
+    )
     G = peer_generator(case.args["ctor"], state).eval()
     G.load_state_dict(biggan_generator(state), strict=True)
     images = G(case.tensor("in.z").float(), one_hot(case.tensor("in.labels"), G.c_dim))

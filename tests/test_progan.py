@@ -10,11 +10,11 @@ from golden_cases import Case, golden
 from torch import Tensor, nn
 
 from fastgan import equalized
-from fastgan.convert import _zoo_layer, progan_discriminator, progan_generator
 from fastgan.kernels.minibatch_stddev import minibatch_stddev
 from fastgan.kernels.norm_act import pixel_norm
 from fastgan.losses import gradient_penalty
 from fastgan.models import progan
+from fastgan.public import _zoo_layer, progan_discriminator, progan_generator
 
 
 def leaves(case: Case) -> dict[str, Tensor]:

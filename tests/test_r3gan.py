@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgan import convert
+from fastgan import public
 from fastgan.kernels.dispatch import deviation, disagreement
 from fastgan.kernels.grouped_conv2d import grouped_conv2d, grouped_conv2d_ref
 from fastgan.limit import products
@@ -37,7 +37,7 @@ def arguments(ctor: dict) -> dict[str, Any]:
 
 def with_weights(net: nn.Module, weights: dict[str, Tensor]) -> Callable[..., Tensor]:
     """`net` as a function of the peer's weights, so that gradients reach them in the peer's shapes."""
-    state = convert.r3gan(weights)
+    state = public.r3gan(weights)
     assert {k: v.shape for k, v in state.items()} == {k: p.shape for k, p in net.named_parameters()}
     return lambda *inputs: functional_call(net.to(torch.float64), state, inputs)
 

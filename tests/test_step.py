@@ -11,10 +11,10 @@ from test_models import load, without_prefix
 from torch import Tensor, nn
 
 from fastgan.compiled import Phase, compile_phase
-from fastgan.convert import rosinality_discriminator, rosinality_generator
 from fastgan.engine import place
 from fastgan.losses import gradient_penalty, gradient_square, path_length
 from fastgan.models import Discriminator, Generator, dcgan, stylegan
+from fastgan.public import rosinality_discriminator, rosinality_generator
 from fastgan.step import Latents, Objective, d_phase, g_path_phase, g_phase
 
 CPU = torch.device("cpu")

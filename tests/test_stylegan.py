@@ -5,8 +5,8 @@ import torch
 from golden_cases import Case, golden
 from torch import Tensor, nn
 
-from fastgan.convert import rosinality_discriminator, rosinality_generator
 from fastgan.models import stylegan
+from fastgan.public import rosinality_discriminator, rosinality_generator
 
 
 def peer_inputs(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -9,11 +9,15 @@ widths 512, 256, 128 and 64 and 28 pixels have 128 and 64. `blocks` asks for ano
 round up: resolution 28, blocks 4, ngf = ndf = 128 and dropout 0.3 is the variant with 1024, 512, 256, 128 and
 3 channels on maps of 2, 4, 7, 14 and 28 pixels.
 
+For networks that were made elsewhere `widths` states the channels of all maps and `kernels` the kernel of
+each layer between two of them, and `bias` gives every layer one.
+
 With labels the generator's z is joined by them, and the discriminator is a projection discriminator (Miyato
 and Koyama 2018, arXiv:1802.05637): logit = <w + V c, features>, w being its last convolution.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +53,26 @@ def _init(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _check_kernel(kernel: int) -> None:
-    if kernel not in (4, 5):
-        raise ValueError(f"kernel must be 4 or 5: got {kernel}")
+def _sizes(
+    kernel: int,
+    maps: list[int],
+    kernels: Sequence[int] | None,
+    width: int,
+    widths: Sequence[int] | None,
+) -> tuple[list[int], list[int]]:
+    """Kernels of the layers and channels of the maps, from the smallest map on, without the image's."""
+    if kernels is None:
+        if kernel not in (4, 5):
+            raise ValueError(f"kernel must be 4 or 5: got {kernel}")
+        kernels = [kernel] * (len(maps) - 1)
+    if widths is None:
+        widths = [width << i for i in range(len(maps) - 2, -1, -1)]
+    if not len(kernels) == len(widths) == len(maps) - 1:
+        raise ValueError(
+            f"kernels and widths must be {len(maps) - 1} for maps of {maps} pixels: "
+            f"got {len(kernels)} and {len(widths)}"
+        )
+    return list(kernels), list(widths)
 
 
 def _norm(norm: str, width: int) -> list[nn.Module]:
@@ -79,19 +100,20 @@ class Generator(nn.Module):
         dtype: torch.dtype | None = None,
         c_dim: int = 0,
         blocks: int = 0,
+        widths: Sequence[int] | None = None,
+        kernels: Sequence[int] | None = None,
+        bias: bool = False,
     ):
         super().__init__()
-        _check_kernel(kernel)
         maps = sides(resolution, blocks)
         self.z_dim = self.normals = z_dim
         self.c_dim, self.dtype = c_dim, dtype
-        widths = [*(ngf << i for i in range(len(maps) - 2, -1, -1)), channels]
-        layers: list[nn.Module] = [nn.ConvTranspose2d(z_dim + c_dim, widths[0], maps[0], 1, 0, bias=False)]
-        for (fan_in, fan_out), side in zip(itertools.pairwise(widths), maps[1:], strict=True):
+        kernels, hidden = _sizes(kernel, maps, kernels, ngf, widths)
+        layers: list[nn.Module] = [nn.ConvTranspose2d(z_dim + c_dim, hidden[0], maps[0], 1, 0, bias=bias)]
+        for fan_in, fan_out, side, k in zip(hidden, [*hidden[1:], channels], maps[1:], kernels, strict=True):
             layers += [nn.BatchNorm2d(fan_in), nn.ReLU()]
-            padding = _padding(kernel, side)
-            extra = (kernel - side) % 2
-            layers.append(nn.ConvTranspose2d(fan_in, fan_out, kernel, 2, padding, extra, bias=False))
+            extra = (k - side) % 2
+            layers.append(nn.ConvTranspose2d(fan_in, fan_out, k, 2, _padding(k, side), extra, bias=bias))
         self.main = nn.Sequential(*layers, nn.Tanh())
         self.apply(_init)
 
@@ -130,26 +152,31 @@ class Discriminator(nn.Module):
         c_dim: int = 0,
         blocks: int = 0,
         norm: str = "batch",
+        widths: Sequence[int] | None = None,
+        kernels: Sequence[int] | None = None,
+        bias: bool = False,
     ):
         super().__init__()
-        _check_kernel(kernel)
         if norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}: got {norm!r}")
         maps = sides(resolution, blocks)
         self.c_dim, self.dtype = c_dim, dtype
         self.instance_noise = instance_noise
-        bias = norm != "batch"  # of convolutions with no normalisation behind them
-        widths = [channels] + [ndf << i for i in range(len(maps) - 1)]
+        bare = bias or norm != "batch"  # whether convolutions with no normalisation behind them have a bias
+        kernels, hidden = _sizes(kernel, maps, kernels, ndf, widths)
+        hidden = [channels, *hidden[::-1]]
         layers: list[nn.Module] = []
-        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
-            padding = _padding(kernel, maps[-1 - i])
+        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(hidden)):
+            k, side = kernels[-1 - i], maps[-1 - i]
             behind = _norm(norm, fan_out) if i > 0 else []
-            layers.append(nn.Conv2d(fan_in, fan_out, kernel, 2, padding, bias=bias and not behind))
+            layers.append(
+                nn.Conv2d(fan_in, fan_out, k, 2, _padding(k, side), bias=bias or (bare and not behind))
+            )
             layers += [*behind, nn.LeakyReLU(slope)]
             if dropout > 0:
                 layers.append(nn.Dropout(dropout))
-        self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, maps[0], 1, 0, bias=bias))
-        self.embed = nn.Embedding(c_dim, widths[-1] * maps[0] ** 2) if c_dim else None
+        self.main = nn.Sequential(*layers, nn.Conv2d(hidden[-1], 1, maps[0], 1, 0, bias=bare))
+        self.embed = nn.Embedding(c_dim, hidden[-1] * maps[0] ** 2) if c_dim else None
         self.apply(_init)
 
     def features(self, img: Tensor, c: Tensor | None = None) -> Tensor:

@@ -8,12 +8,13 @@ makes new graphs; the share of the new branch is data, read from the buffer `gro
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgan.equalized import BOX, Conv2d, DiscriminatorEpilogue, FullyConnected, channels_at
+from fastgan.equalized import BOX, Conv2d, DiscriminatorEpilogue, FullyConnected, channels_up_to
 from fastgan.kernels.norm_act import pixel_norm
 
 
@@ -93,6 +94,7 @@ class Generator(_Growing):
     """z [N, z_dim] (and labels c [N, c_dim]) -> images [N, channels, 4 * 2^stage, ...] around [-1, 1].
 
     Nearest upsampling, two 3x3 convolutions with leaky ReLU and pixel norm a resolution, linear 1x1 outputs.
+    `widths` are the channels at 4, 8, ... pixels in place of those that channel_base and channel_max give.
     """
 
     uniforms = 0
@@ -106,11 +108,12 @@ class Generator(_Growing):
         channel_base: int = 16384,
         channel_max: int = 512,
         dtype: torch.dtype | None = None,
+        widths: Sequence[int] | None = None,
     ):
         super().__init__(resolution)
         self.z_dim = self.normals = z_dim
         self.c_dim, self.dtype = c_dim, dtype
-        widths = [channels_at(4 << i, channel_base, channel_max) for i in range(self.stages + 1)]
+        widths = channels_up_to(resolution, channel_base, channel_max, widths)
         self.dense = FullyConnected(z_dim + c_dim, 16 * widths[0], "lrelu")
         self.blocks = nn.ModuleList([nn.Sequential(_NormedConv2d(widths[0], widths[0], 3, "lrelu"))])
         for old, new in itertools.pairwise(widths):
@@ -143,7 +146,8 @@ class Generator(_Growing):
 class Discriminator(_Growing):
     """Images [N, channels, 4 * 2^stage, ...] (and labels c [N, c_dim]) -> logits [N, 1].
 
-    The generator's mirror image; with labels the last layer has a logit for each class.
+    The generator's mirror image; with labels the last layer has a logit for each class. `mbstd_channels` 0
+    leaves the minibatch standard deviation out.
     """
 
     def __init__(
@@ -155,15 +159,23 @@ class Discriminator(_Growing):
         channel_max: int = 512,
         mbstd_group: int = 4,
         dtype: torch.dtype | None = None,
+        widths: Sequence[int] | None = None,
+        mbstd_channels: int = 1,
     ):
         super().__init__(resolution)
         self.c_dim, self.dtype = c_dim, dtype
-        widths = [channels_at(4 << i, channel_base, channel_max) for i in range(self.stages + 1)]
+        widths = channels_up_to(resolution, channel_base, channel_max, widths)
         self.fromrgb = nn.ModuleList(Conv2d(channels, width, 1, "lrelu") for width in widths)
         self.blocks = nn.ModuleList()
         for old, new in itertools.pairwise(widths):
             self.blocks.append(nn.Sequential(Conv2d(new, new, 3, "lrelu"), Conv2d(new, old, 3, "lrelu")))
-        self.b4 = DiscriminatorEpilogue(widths[0], c_dim, channels, mbstd_group_size=mbstd_group)
+        self.b4 = DiscriminatorEpilogue(
+            widths[0],
+            c_dim,
+            channels,
+            mbstd_group_size=mbstd_group,
+            mbstd_num_channels=mbstd_channels,
+        )
 
     def features(self, img: Tensor, c: Tensor | None = None) -> Tensor:
         """The last hidden layer [N, channels at 4x4]."""

@@ -4,10 +4,12 @@ A ResNeXt body for both networks: no normalization, no styles, no minibatch stat
 every resolution from 4 on, `blocks` residual blocks a stage. At resolution r a stage is
 min(width, channel_base / r) channels wide, with groups in the proportion that `cardinality` has to `width`.
 The defaults are the public implementation's for CIFAR-10 and FFHQ: 768 up to 32 pixels, then 384, 192 and 96.
-All layers run in `dtype`, where the public one keeps the smallest stages in fp32.
+`sizes` states channels, groups and blocks of each stage instead, from 4 pixels on. All layers run in `dtype`,
+where the public one keeps the smallest stages in fp32.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -113,12 +115,30 @@ class Stage(nn.ModuleList):
         return x
 
 
-def _stages(sizes: list[tuple[int, int]], blocks: int, expansion: int, kernel: int) -> nn.ModuleList:
+def _sizes(
+    width: int,
+    cardinality: int,
+    resolution: int,
+    channel_base: int,
+    blocks: int,
+    given: Sequence[Sequence[int]] | None,
+) -> list[tuple[int, int, int]]:
+    """(channels, groups, blocks) of the stages at 4, 8, ..., resolution."""
+    if given is None:
+        stages = stage_sizes(width, cardinality, resolution, channel_base)
+        return [(channels, groups, blocks) for channels, groups in stages]
+    if resolution != 2 << len(given):
+        raise ValueError(f"sizes must be of the stages at 4, 8, ..., {resolution} pixels: got {len(given)}")
+    return [(channels, groups, blocks) for channels, groups, blocks in given]
+
+
+def _stages(sizes: list[tuple[int, int, int]], expansion: int, kernel: int) -> nn.ModuleList:
     if kernel % 2 == 0:
         raise ValueError(f"kernel must be odd: got {kernel}")
-    depth = blocks * len(sizes)
+    depth = sum(blocks for _, _, blocks in sizes)
     return nn.ModuleList(
-        Stage(Block(*size, expansion, kernel, depth) for _ in range(blocks)) for size in sizes
+        Stage(Block(channels, groups, expansion, kernel, depth) for _ in range(blocks))
+        for channels, groups, blocks in sizes
     )
 
 
@@ -132,7 +152,8 @@ def _check_labels(c: Tensor | None, c_dim: int) -> None:
 
 
 class Generator(nn.Module):
-    """z [N, z_dim] (and one-hot labels c [N, c_dim], embedded in z_dim dimensions) -> images [N, C, R, R].
+    """z [N, z_dim] (and one-hot labels c [N, c_dim], embedded in `embed_dim` or z_dim dimensions) -> images
+    [N, C, R, R].
 
     A learned 4x4 basis, weighted channel by channel by a product of z; then in every stage, but for the first
     behind a 2x upsampling, residual blocks. Images have no final nonlinearity.
@@ -154,18 +175,21 @@ class Generator(nn.Module):
         kernel: int = 3,
         channel_base: int = 24576,
         dtype: torch.dtype | None = None,
+        sizes: Sequence[Sequence[int]] | None = None,
+        embed_dim: int | None = None,
     ):
         super().__init__()
         self.z_dim = self.normals = z_dim
         self.c_dim, self.dtype = c_dim, dtype
-        sizes = stage_sizes(width, cardinality, resolution, channel_base)
-        widths = [w for w, _ in sizes]
-        inputs = z_dim * (2 if c_dim > 0 else 1)
+        stages = _sizes(width, cardinality, resolution, channel_base, blocks, sizes)
+        widths = [w for w, _, _ in stages]
+        inputs = z_dim
         if c_dim > 0:
-            self.embedding = _normal(1.0, c_dim, z_dim, c_dim)
-        self.project = _normal(1.0, inputs, width, inputs)
-        self.basis = nn.Parameter(torch.randn(width, 4, 4))
-        self.stages = _stages(sizes, blocks, expansion, kernel)
+            self.embedding = _normal(1.0, c_dim, embed_dim or z_dim, c_dim)
+            inputs += len(self.embedding)
+        self.project = _normal(1.0, inputs, widths[0], inputs)
+        self.basis = nn.Parameter(torch.randn(widths[0], 4, 4))
+        self.stages = _stages(stages, expansion, kernel)
         self.transitions = nn.ModuleList(map(_transition, widths[:-1], widths[1:]))
         self.to_rgb = Pointwise(widths[-1], channels)
         self.register_buffer("resample_filter", setup_filter(BLUR), persistent=False)
@@ -190,7 +214,8 @@ class Discriminator(nn.Module):
     """Images [N, C, R, R] (and labels c [N, c_dim]) -> logits [N, 1]: the generator's body in reverse.
 
     A stage's 2x downsampling comes behind its blocks; a basis of 4x4, one for each channel, ends the last.
-    With labels the logit is <W features, E c>, the product with the label's embedding.
+    With labels the logit is <W features, E c>, the product with the label's embedding, in `embed_dim`
+    dimensions or as many as the last stage has channels.
 
     `scale` [N, 1] multiplies all biases of a sample. Logits are piecewise linear in the image and homogeneous
     in (image, scale), which `losses.homogeneous_logits` makes use of.
@@ -211,19 +236,22 @@ class Discriminator(nn.Module):
         kernel: int = 3,
         channel_base: int = 24576,
         dtype: torch.dtype | None = None,
+        sizes: Sequence[Sequence[int]] | None = None,
+        embed_dim: int | None = None,
     ):
         super().__init__()
         self.c_dim, self.dtype = c_dim, dtype
-        sizes = stage_sizes(width, cardinality, resolution, channel_base)[::-1]
-        widths = [w for w, _ in sizes]
+        stages = _sizes(width, cardinality, resolution, channel_base, blocks, sizes)[::-1]
+        widths = [w for w, _, _ in stages]
         self.from_rgb = Pointwise(channels, widths[0])
-        self.stages = _stages(sizes, blocks, expansion, kernel)
+        self.stages = _stages(stages, expansion, kernel)
         self.transitions = nn.ModuleList(map(_transition, widths[:-1], widths[1:]))
-        self.basis = _normal(1.0, 16, width, 4, 4)
-        outputs = width if c_dim > 0 else 1
-        self.project = _normal(1.0, width, outputs, width)
+        last = widths[-1]
+        self.basis = _normal(1.0, 16, last, 4, 4)
+        outputs = (embed_dim or last) if c_dim > 0 else 1
+        self.project = _normal(1.0, last, outputs, last)
         if c_dim > 0:
-            self.embedding = _normal(width**-0.5, c_dim, width, c_dim)
+            self.embedding = _normal(outputs**-0.5, c_dim, outputs, c_dim)
         self.register_buffer("resample_filter", setup_filter(BLUR), persistent=False)
 
     def features(self, img: Tensor, c: Tensor | None = None, scale: Tensor | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from fastgan.equalized import (
     FullyConnected,
     Mapping,
     StyleGenerator,
-    channels_at,
+    channels_up_to,
     layer_noises,
 )
 from fastgan.kernels.modulated_conv2d import modulated_conv2d
@@ -40,6 +40,7 @@ class SynthesisLayer(nn.Module):
         resolution: int,
         up: int = 1,
         conv_clamp: float | None = None,
+        taps: Sequence[float] = BLUR,
     ):
         super().__init__()
         self.resolution, self.up, self.conv_clamp = resolution, up, conv_clamp
@@ -48,7 +49,7 @@ class SynthesisLayer(nn.Module):
         self.noise_strength = nn.Parameter(torch.zeros([]))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.register_buffer("noise_const", torch.randn(resolution, resolution))
-        self.register_buffer("resample_filter", setup_filter(BLUR), persistent=False)
+        self.register_buffer("resample_filter", setup_filter(taps), persistent=False)
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor | None, gain: float = 1.0) -> Tensor:
         """x [N, Cin, H, W], w [N, w_dim], unit normal noise [N, 1, H * up, W * up] or [H * up, W * up]."""
@@ -103,14 +104,15 @@ class SynthesisBlock(nn.Module):
         is_last: bool,
         architecture: str,
         conv_clamp: float | None,
+        taps: Sequence[float] = BLUR,
     ):
         super().__init__()
         self.architecture, self.is_first = architecture, in_channels == 0
-        self.register_buffer("resample_filter", setup_filter(BLUR), persistent=False)
+        self.register_buffer("resample_filter", setup_filter(taps), persistent=False)
         if self.is_first:
             self.const = nn.Parameter(torch.randn(out_channels, resolution, resolution))
         else:
-            self.conv0 = SynthesisLayer(in_channels, out_channels, w_dim, resolution, 2, conv_clamp)
+            self.conv0 = SynthesisLayer(in_channels, out_channels, w_dim, resolution, 2, conv_clamp, taps)
         self.conv1 = SynthesisLayer(out_channels, out_channels, w_dim, resolution, 1, conv_clamp)
         self.num_convs = 1 if self.is_first else 2
         self.torgb = (
@@ -119,7 +121,7 @@ class SynthesisBlock(nn.Module):
             else None
         )
         if not self.is_first and architecture == "resnet":
-            self.skip = Conv2d(in_channels, out_channels, 1, up=2, bias=False)
+            self.skip = Conv2d(in_channels, out_channels, 1, up=2, bias=False, taps=taps)
 
     def forward(
         self,
@@ -150,7 +152,11 @@ class SynthesisBlock(nn.Module):
 
 
 class Synthesis(nn.Module):
-    """w [N, num_ws, w_dim] -> images [N, img_channels, R, R]."""
+    """w [N, num_ws, w_dim] -> images [N, img_channels, R, R].
+
+    `widths` are the channels at 4, 8, ... pixels in place of those that channel_base and channel_max give,
+    `taps` the low-pass filter behind upsampling.
+    """
 
     def __init__(
         self,
@@ -162,12 +168,14 @@ class Synthesis(nn.Module):
         architecture: str = "skip",
         conv_clamp: float | None = None,
         dtype: torch.dtype | None = None,
+        widths: Sequence[int] | None = None,
+        taps: Sequence[float] = BLUR,
     ):
         super().__init__()
         _check_shape(img_resolution, architecture)
         self.dtype = dtype
         self.resolutions = [2**i for i in range(2, img_resolution.bit_length())]
-        channels = [0] + [channels_at(r, channel_base, channel_max) for r in self.resolutions]
+        channels = [0, *channels_up_to(img_resolution, channel_base, channel_max, widths)]
         for i, res in enumerate(self.resolutions):
             block = SynthesisBlock(
                 channels[i],
@@ -178,6 +186,7 @@ class Synthesis(nn.Module):
                 res == img_resolution,
                 architecture,
                 conv_clamp,
+                taps,
             )
             self.add_module(f"b{res}", block)
         self.num_ws = 2 * len(self.resolutions)
@@ -215,14 +224,35 @@ class Generator(StyleGenerator):
         dtype: torch.dtype | None = None,
         style_mixing: float = 0.9,
         noise: str = "random",
+        widths: Sequence[int] | None = None,
+        taps: Sequence[float] = BLUR,
+        embed_features: int | None = None,
+        layer_features: int | None = None,
     ):
         super().__init__()
         self.z_dim, self.c_dim = z_dim, c_dim
         self.style_mixing, self.noise = style_mixing, noise
         self.synthesis = Synthesis(
-            w_dim, resolution, channels, channel_base, channel_max, architecture, conv_clamp, dtype
+            w_dim,
+            resolution,
+            channels,
+            channel_base,
+            channel_max,
+            architecture,
+            conv_clamp,
+            dtype,
+            widths,
+            taps,
         )
-        self.mapping = Mapping(z_dim, c_dim, w_dim, self.synthesis.num_ws, mapping_layers)
+        self.mapping = Mapping(
+            z_dim,
+            c_dim,
+            w_dim,
+            self.synthesis.num_ws,
+            mapping_layers,
+            embed_features=embed_features,
+            layer_features=layer_features,
+        )
 
 
 class DiscriminatorBlock(nn.Module):
@@ -238,18 +268,19 @@ class DiscriminatorBlock(nn.Module):
         img_channels: int,
         architecture: str,
         conv_clamp: float | None,
+        taps: Sequence[float] = BLUR,
     ):
         super().__init__()
         self.architecture = architecture
-        self.register_buffer("resample_filter", setup_filter(BLUR), persistent=False)
+        self.register_buffer("resample_filter", setup_filter(taps), persistent=False)
         if in_channels == 0 or architecture == "skip":
             self.fromrgb = Conv2d(img_channels, mid_channels, 1, "lrelu", conv_clamp=conv_clamp)
         else:
             self.fromrgb = None
         self.conv0 = Conv2d(mid_channels, mid_channels, 3, "lrelu", conv_clamp=conv_clamp)
-        self.conv1 = Conv2d(mid_channels, out_channels, 3, "lrelu", down=2, conv_clamp=conv_clamp)
+        self.conv1 = Conv2d(mid_channels, out_channels, 3, "lrelu", down=2, conv_clamp=conv_clamp, taps=taps)
         if architecture == "resnet":
-            self.skip = Conv2d(mid_channels, out_channels, 1, down=2, bias=False)
+            self.skip = Conv2d(mid_channels, out_channels, 1, down=2, bias=False, taps=taps)
 
     def forward(self, x: Tensor | None, img: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x [N, Cin, H, W] and, where it is used, img [N, C, H, W] -> both at half the size."""
@@ -265,7 +296,11 @@ class DiscriminatorBlock(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images [N, channels, R, R] (and labels c [N, c_dim]) -> logits [N, 1]."""
+    """Images [N, channels, R, R] (and labels c [N, c_dim]) -> logits [N, 1].
+
+    Labels are mapped to `cmap_dim` numbers, by default as many as there are channels at 4 pixels. `widths`
+    and `taps` as in `Synthesis`.
+    """
 
     def __init__(
         self,
@@ -280,12 +315,17 @@ class Discriminator(nn.Module):
         mbstd_num_channels: int = 1,
         conv_clamp: float | None = None,
         dtype: torch.dtype | None = None,
+        widths: Sequence[int] | None = None,
+        taps: Sequence[float] = BLUR,
+        cmap_dim: int | None = None,
+        embed_features: int | None = None,
+        layer_features: int | None = None,
     ):
         super().__init__()
         _check_shape(resolution, architecture)
         self.dtype = dtype
         self.resolutions = [2**i for i in range(resolution.bit_length() - 1, 2, -1)]
-        widths = [channels_at(r, channel_base, channel_max) for r in [*self.resolutions, 4]]
+        widths = channels_up_to(resolution, channel_base, channel_max, widths)[::-1]
         for i, res in enumerate(self.resolutions):
             block = DiscriminatorBlock(
                 0 if i == 0 else widths[i],
@@ -294,11 +334,21 @@ class Discriminator(nn.Module):
                 channels,
                 architecture,
                 conv_clamp,
+                taps,
             )
             self.add_module(f"b{res}", block)
-        cmap_dim = widths[-1] if c_dim > 0 else 0
+        cmap_dim = (cmap_dim or widths[-1]) if c_dim > 0 else 0
         if c_dim > 0:
-            self.mapping = Mapping(0, c_dim, cmap_dim, None, mapping_layers, w_avg_beta=None)
+            self.mapping = Mapping(
+                0,
+                c_dim,
+                cmap_dim,
+                None,
+                mapping_layers,
+                w_avg_beta=None,
+                embed_features=embed_features,
+                layer_features=layer_features,
+            )
         self.b4 = DiscriminatorEpilogue(
             widths[-1],
             cmap_dim,
