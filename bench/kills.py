@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         run_dir, reference, log = folder / "run", folder / "reference", folder / "log.txt"
-        os.waitpid(forked(run_dir, STEP, 2, log), 0)
+        os.waitpid(forked(folder / "one step", STEP, 2, log), 0)
         span = 2.5 * (time.perf_counter() - began)  # the moments' range, in which a few steps fit
         for i in range(args.kills):
             images = max((int(f.stem) for f in checkpoints(run_dir / "checkpoints")), default=0)

@@ -190,7 +190,6 @@ def test_a_nan_goes_back_to_the_last_checkpoint(
     phase: str,
     network: str,
     half: Path,
-    whole: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -220,7 +219,6 @@ def test_a_nan_goes_back_to_the_last_checkpoint(
     assert run("dcgan", once, 36, "--checkpoint-kimg", "0.02") == 0  # stopped before the next checkpoint
     assert run("dcgan", once, 60, "--checkpoint-kimg", "0.02") == 0
     assert_same_run(half, once)
-    assert any(not torch.equal(t, state[name]) for name, t in newest(whole).items() if name.startswith("G."))
 
 
 def test_a_run_that_never_recovers_stops_with_a_diagnosis(
@@ -276,6 +274,10 @@ def test_restarting_is_starting():
     ours, theirs = one.state(), other.state()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(t, theirs[name]) for name, t in ours.items())
+    one.restart()
+    one.retries = 1  # which is other noise
+    one.step(*batch)
+    assert not torch.equal(one.state()["losses.loss_d"], theirs["losses.loss_d"])
 
 
 def test_collapse():
