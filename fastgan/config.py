@@ -100,6 +100,8 @@ class Config:
     ema_kimg: float = _option(10.0, "half-life of the generator's moving average in thousands of images")
     ema_rampup: float = _option(0.05, "half-life at most this share of the images seen; 0: no ramp-up")
 
+    sync_batchnorm: bool = _option(False, "on several ranks, BatchNorm statistics of all their images")
+
     z_dim: int = _network(512, "dimensions of the latent z (stylegan: --channel-max if not given)")
     w_dim: int = _network(512, "dimensions of the latent w (--channel-max if not given)")
     mapping_layers: int = _network(8, "layers of the mapping network")
@@ -493,6 +495,12 @@ def read_config(fields: Any) -> Config:
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise UsageError(f"{flag(name)} must be of type {kind.__name__}: got {value!r:.40}")
     return Config(**fields)
+
+
+def batch_unit(config: Config) -> int:
+    """Batches are multiples of this."""
+    groups = config.mbstd_group if "mbstd_group" in network_options(config.arch) else 1
+    return config.accumulate * math.lcm(groups, config.pl_batch_shrink if config.pl > 0 else 1)
 
 
 def changed_fields(old: dict[str, Any], new: Config) -> list[str]:

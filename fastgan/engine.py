@@ -1,7 +1,8 @@
 """Networks, optimizers and one training step.
 
 All state is tensors plus the count of images seen; every random number of a step derives from (seed, images
-seen), so that a run stopped after any step and resumed is the run that was never stopped, bit for bit.
+seen), so that a run stopped after any step and resumed is the run that was never stopped, bit for bit. On
+several ranks (distributed.py) every one holds the same state; only a pool of past images is a rank's own.
 """
 
 import copy
@@ -18,21 +19,28 @@ from torch import Tensor
 from fastgan.augment import ADAPT_STEPS, adapt, make_augment
 from fastgan.compiled import CudaCapture, Phase, Recordings
 from fastgan.config import Config, build_networks
+from fastgan.distributed import ALONE, Ranks
 from fastgan.health import Trouble, Watch, all_finite
+from fastgan.layers import synchronize_batch_norms
 from fastgan.models import family
 from fastgan.step import Latents, Objective, PhaseResult, d_phase, g_path_phase, g_phase
 
 # BatchNorm's statistics, which `settle` makes anew, and how far a growing network has grown.
 NOT_AVERAGED = ("running_mean", "running_var", "num_batches_tracked", "growth")
+# Buffers that hold means over what a rank has seen, or follow them: averaged over the ranks as gradients are.
+STATISTICS = ("running_mean", "running_var", "w_avg", "u")
 MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "rmsprop": ("square_avg",)}
 SETTLING_BATCHES, SETTLING_BATCH = 16, 64
 
 
 class Engine:
-    """A run's networks in training: `step` updates them, `state` is all of them, as tensors."""
+    """A run's networks in training: `step` updates them, `state` is all of them, as tensors.
 
-    def __init__(self, config: Config, device: torch.device):
-        self.config, self.device = config, device
+    `ranks` share out each batch; every rank calls the same methods in the same order.
+    """
+
+    def __init__(self, config: Config, device: torch.device, ranks: Ranks = ALONE):
+        self.config, self.device, self.ranks = config, device, ranks
         self.images = 0
         self.retries = 0  # since the last checkpoint; each draws other noise
         torch.manual_seed(_seed(config.seed, "init"))
@@ -40,6 +48,16 @@ class Engine:
         place(self.G, device)
         place(self.D, device)
         self.ema = copy.deepcopy(self.G).eval().requires_grad_(False)
+        # What ranks must draw alike has a generator of its own: torch's gives each rank other numbers.
+        self.alike = torch.Generator(device) if ranks.size > 1 else None
+        if config.sync_batchnorm and ranks.size > 1:
+            synchronize_batch_norms((self.G, self.D), ranks.mean, ranks.size)
+        self.statistics = [
+            buffer
+            for net in (self.G, self.D)
+            for name, buffer in net.named_buffers()
+            if name.rpartition(".")[2] in STATISTICS
+        ]
         self.g_optimizer = _optimizer(self.G, number(config.g_lr, device), config)
         self.d_optimizer = _optimizer(self.D, number(config.d_lr, device), config)
         self.ema_rate = number(0.0, device)
@@ -65,7 +83,6 @@ class Engine:
             Phase,
             device=self.device,
             compile=c.compile,
-            recordings=self.recordings,
             announce=lambda message: self.announce(message),
         )
         always = Objective(
@@ -76,14 +93,22 @@ class Engine:
             feature_matching=c.feature_matching,
             orthogonal=c.orthogonal,
             pl_decay=c.pl_decay,
+            batch_mean=self.ranks.batch_mean,
             augment=make_augment(c.diffaugment, c.ada > 0, c.channels),
         )
         lazy = replace(always, r1=c.r1 / 2 * c.r1_every, r2=c.r2 / 2 * c.r1_every)
         path = replace(always, pl=c.pl * c.pl_every)
-        self.d = phase("D", partial(d_phase, objective=always))
-        self.d_r1 = phase("D with R1", partial(d_phase, objective=lazy), every=c.r1_every)
-        self.g = phase("G", partial(g_phase, objective=always))
-        self.g_path = phase("G with path length", partial(g_path_phase, objective=path), every=c.pl_every)
+        # What the ranks tell each other within a phase is no part of a recording.
+        several = self.ranks.size > 1
+        d = None if several and c.sync_batchnorm else self.recordings
+        g = None if several and (c.sync_batchnorm or c.feature_matching > 0) else self.recordings
+        g_path = None if several else self.recordings
+        self.d = phase("D", partial(d_phase, objective=always), recordings=d)
+        self.d_r1 = phase("D with R1", partial(d_phase, objective=lazy), every=c.r1_every, recordings=d)
+        self.g = phase("G", partial(g_phase, objective=always), recordings=g)
+        self.g_path = phase(
+            "G with path length", partial(g_path_phase, objective=path), every=c.pl_every, recordings=g_path
+        )
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -97,17 +122,18 @@ class Engine:
     def step(self, real: Tensor, labels: Tensor | None = None) -> None:
         """`d_steps` updates of D, `g_steps` of G and one of the moving average.
 
-        real uint8 [d_steps * batch, C, R, R], labels int64 [d_steps * batch] where the run is conditional.
+        real uint8 [d_steps * batch, C, R, R], labels int64 [d_steps * batch] where the run is conditional; on
+        several ranks the rows of them that are this rank's.
         """
         c, step = self.config, self.images // self.config.step_images
-        again = [self.retries] if self.retries else []
-        torch.manual_seed(_seed(c.seed, "step", self.images, *again))
+        self._seed_step()
+        share = c.part // self.ranks.size
         self.grow()
         self._decay_rates()
         one_hot = self.one_hot(labels)
         parts = [
-            (real[i : i + c.part], None if one_hot is None else one_hot[i : i + c.part])
-            for i in range(0, c.step_images, c.part)
+            (real[i : i + share], None if one_hot is None else one_hot[i : i + share])
+            for i in range(0, len(real), share)
         ]
         for i in range(c.d_steps):
             update = step * c.d_steps + i
@@ -140,6 +166,15 @@ class Engine:
     def _g_phase(self, update: int) -> Phase:
         return self.g_path if self.config.pl > 0 and update % self.config.pl_every == 0 else self.g
 
+    def _seed_step(self) -> None:
+        c, again = self.config, [self.retries] if self.retries else []
+        seed = _seed(c.seed, "step", self.images, *again)
+        if self.alike is None:
+            torch.manual_seed(seed)
+        else:
+            self.alike.manual_seed(seed)
+            torch.manual_seed(_seed(c.seed, "rank", self.images, self.ranks.rank, *again))
+
     def d_args(self, real: Tensor, c: Tensor | None) -> tuple:
         """Arguments of D's phases, new random numbers among them: real uint8 [N, C, R, R], c [N, c_dim]."""
         return self.G, self.D, real, c, self.latents(len(real), real), self.strength
@@ -149,7 +184,7 @@ class Engine:
     def path_args(self, real: Tensor, c: Tensor | None) -> tuple:
         """Arguments of the phase with path length regularization."""
         args, count = self.g_args(real, c), len(real) // self.config.pl_batch_shrink
-        noise = torch.randn(count, *real.shape[1:], device=self.device)
+        noise = self._drawn(torch.randn, count, *real.shape[1:])
         return *args[:-1], self.latents(count, real[:count]), noise, self.pl_mean, self.strength
 
     def _with_path(self, update: int, real: Tensor, c: Tensor | None) -> PhaseResult:
@@ -158,15 +193,22 @@ class Engine:
         return result
 
     def latents(self, count: int, real: Tensor | None = None) -> Latents:
-        """The random numbers and labels of `count` samples; `real` [count, C, R, R] where G translates."""
-        normal = torch.randn(count, self.G.normals, device=self.device)
-        uniform = torch.rand(count, self.G.uniforms, device=self.device)
+        """The random numbers and labels of `count` samples; `real` [count, C, R, R] where G translates.
+
+        Of the whole batch's, drawn by every rank alike, the rows that are this rank's.
+        """
+        normal = self._drawn(torch.randn, count, self.G.normals)
+        uniform = self._drawn(torch.rand, count, self.G.uniforms)
         if getattr(self.G, "translates", False):
             return Latents(normal, uniform, real)
         if not self.config.cond:
             return Latents(normal, uniform)
-        labels = torch.randint(self.config.c_dim, (count,), device=self.device)
+        labels = self._drawn(partial(torch.randint, self.config.c_dim), count)
         return Latents(normal, uniform, self.one_hot(labels))
+
+    def _drawn(self, draw: Callable[..., Tensor], count: int, *shape: int) -> Tensor:
+        whole = draw((count * self.ranks.size, *shape), device=self.device, generator=self.alike)
+        return self.ranks.rows(whole)
 
     def one_hot(self, labels: Tensor | None) -> Tensor | None:
         """float [N, c_dim] of labels int64 [N]; None where the run is not conditional."""
@@ -185,29 +227,44 @@ class Engine:
 
         `number` counts the run's updates, of both networks.
         """
-        share, total, losses = 1 / self.config.accumulate, None, []
+        share, total, losses = 1 / self.config.accumulate, None, {}
         for result in results:
             if share == 1:
-                total = result.grads
+                total, losses = result.grads, result.losses
             elif total is None:
                 total = list(torch.ops.aten._foreach_mul.Scalar(result.grads, share))
+                losses = {name: share * value for name, value in result.losses.items()}
             else:
                 torch.ops.aten._foreach_add_.List(total, result.grads, alpha=share)
-            self._log(result.losses, share)
-            losses += result.losses.values()
+                losses = {name: losses[name] + share * value for name, value in result.losses.items()}
         assert total is not None
+        if self.ranks.size > 1:
+            total, losses = self._over_ranks(net, total, losses)
+        self._log(losses)
         for parameter, grad in zip(net.parameters(), total, strict=True):
             # Fused Adam walks memory, not indices; a gradient through a penalty may be laid out otherwise.
             same = grad.stride() == parameter.stride()
             parameter.grad = grad if same else torch.empty_like(parameter).copy_(grad)
         grads = [p.grad for p in net.parameters() if p.grad is not None]
-        self.watch.see(number, grads + losses)
+        self.watch.see(number, [*grads, *losses.values()])
         optimizer.step()
         net.zero_grad(set_to_none=True)  # not held while the other network's phase runs
 
-    def _log(self, losses: dict[str, Tensor], share: float) -> None:
+    def _over_ranks(
+        self, net: torch.nn.Module, grads: list[Tensor], losses: dict[str, Tensor]
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The means of gradients and losses over the ranks; the networks' statistics become theirs too."""
+        parameters, values = list(net.parameters()), list(losses.values())
+        means = self.ranks.average(
+            [*grads, *values, *self.statistics], [*parameters, *values, *self.statistics]
+        )
+        if self.statistics:
+            torch.ops.aten._foreach_copy_(self.statistics, means[-len(self.statistics) :])
+        return means[: len(grads)], dict(zip(losses, means[len(grads) :], strict=False))
+
+    def _log(self, losses: dict[str, Tensor]) -> None:
         if "real_sign" in losses:
-            self.signs += share * losses["real_sign"]
+            self.signs += losses["real_sign"]
         for name, value in losses.items():
             if name not in self.losses:
                 self.losses[name] = torch.zeros(2, device=self.device, dtype=torch.float64)
@@ -329,6 +386,26 @@ class Engine:
         state["retries"] = torch.tensor(self.retries)
         return state | {f"losses.{name}": pair for name, pair in self.losses.items()}
 
+    def whole_state(self) -> dict[str, Tensor]:
+        """`state`; at the first of several ranks also what the others have of their own, as
+        rank1.D.pool.images. All ranks must call it."""
+        state = self.state()
+        if self.ranks.size > 1:
+            for name in self._own_names():
+                for rank, tensor in enumerate(self.ranks.gather(state[name])[1:], 1):
+                    state[f"rank{rank}.{name}"] = tensor
+        return state
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """That part of `state` in which the ranks must agree: all but pools and what `settle` does."""
+        own = {*self._own_names(), *(f"ema.{k}" for k in _state(self.ema) if k.endswith(NOT_AVERAGED))}
+        return {name: tensor for name, tensor in self.state().items() if name not in own}
+
+    def _own_names(self) -> list[str]:
+        """Of the tensors in `state` that are a rank's own: past images that the rank has generated."""
+        pool = getattr(self.D, "pool", None)
+        return [f"D.pool.{name}" for name in _state(pool)] if isinstance(pool, torch.nn.Module) else []
+
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor], images: int) -> None:
         """Take over `state` as saved after `images` images. KeyError for a tensor that is missing."""
@@ -339,6 +416,9 @@ class Engine:
         for prefix, net in (("G", self.G), ("D", self.D), ("ema", self.ema)):
             for name, tensor in _state(net).items():
                 tensor.copy_(state[f"{prefix}.{name}"])
+        for name in self._own_names() if self.ranks.rank else ():
+            own, saved = self.D.get_buffer(name.removeprefix("D.")), f"rank{self.ranks.rank}.{name}"
+            own.copy_(state[saved]) if saved in state else own.zero_()  # an empty pool: it fills again
         self.grow()
         for prefix, net, optimizer in self._optimizers():
             for name, parameter in net.named_parameters():

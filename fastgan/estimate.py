@@ -7,7 +7,6 @@ were fused. Datasheet peaks are not reached in practice, so expect a step to tak
 """
 
 import dataclasses
-import math
 import weakref
 from typing import Any, NamedTuple
 
@@ -17,28 +16,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from fastgan.config import Config, network_options
+from fastgan.config import Config, batch_unit
 from fastgan.engine import Engine
 from fastgan.limit import grown, phase_calls, random_images
 
 
 class Device(NamedTuple):
-    """Dense peaks in TFLOP/s (fp32 products run as TF32), bandwidth in GB/s, memory in GB."""
+    """Dense peaks in TFLOP/s (fp32 products run as TF32), bandwidth in GB/s, memory in GB; `link` in GB/s a
+    direction, between the GPUs of a machine (NVLink, Infinity Fabric, or PCIe where there is neither)."""
 
     bf16: float
     tf32: float
     bandwidth: float
     memory: float
     source: str
+    link: float = 32
 
 
 DEVICES = {
-    "a100": Device(312, 156, 2039, 80, "NVIDIA A100 datasheet, 80GB SXM"),
-    "h100": Device(989.4, 494.7, 3350, 80, "NVIDIA H100 datasheet, SXM, without sparsity"),
-    "h200": Device(989.4, 494.7, 4800, 141, "NVIDIA H200 datasheet, SXM, without sparsity"),
-    "b200": Device(2250, 1125, 8000, 180, "NVIDIA HGX B200 datasheet, an eighth, without sparsity"),
-    "4090": Device(165.2, 82.6, 1008, 24, "NVIDIA Ada architecture whitepaper 2.0, appendix A"),
-    "mi300x": Device(1307.4, 653.7, 5300, 192, "AMD Instinct MI300X datasheet"),
+    "a100": Device(312, 156, 2039, 80, "NVIDIA A100 datasheet, 80GB SXM", 300),
+    "h100": Device(989.4, 494.7, 3350, 80, "NVIDIA H100 datasheet, SXM, without sparsity", 450),
+    "h200": Device(989.4, 494.7, 4800, 141, "NVIDIA H200 datasheet, SXM, without sparsity", 450),
+    "b200": Device(2250, 1125, 8000, 180, "NVIDIA HGX B200 datasheet, an eighth, without sparsity", 900),
+    "4090": Device(165.2, 82.6, 1008, 24, "NVIDIA Ada architecture whitepaper 2.0, appendix A", 32),
+    "mi300x": Device(1307.4, 653.7, 5300, 192, "AMD Instinct MI300X datasheet", 448),
 }
 RESERVED = 1.5e9  # bytes that the driver's context, libraries and their workspaces take beside the tensors
 
@@ -108,7 +109,7 @@ class Estimate(NamedTuple):
 
 def estimate(config: Config, device: Device) -> Estimate:
     """For `config` with a precision that is not auto."""
-    at = _step(config, device)
+    at = step(config, device)
     return at._replace(largest_batch=_largest_batch(config, device.memory * 1e9, at.peak_bytes))
 
 
@@ -125,13 +126,7 @@ def _largest_batch(config: Config, bytes: float, peak: float) -> int:
 
 def peak_bytes(config: Config) -> float:
     """Bytes that a run with this batch needs at once, estimated."""
-    return _step(config, DEVICES["a100"]).peak_bytes
-
-
-def batch_unit(config: Config) -> int:
-    """Batches are multiples of this."""
-    groups = config.mbstd_group if "mbstd_group" in network_options(config.arch) else 1
-    return config.accumulate * math.lcm(groups, config.pl_batch_shrink if config.pl > 0 else 1)
+    return step(config, DEVICES["a100"]).peak_bytes
 
 
 def whole(batch: int, config: Config) -> int:
@@ -139,7 +134,8 @@ def whole(batch: int, config: Config) -> int:
     return max(batch // batch_unit(config) * batch_unit(config), 0)
 
 
-def _step(config: Config, device: Device) -> Estimate:
+def step(config: Config, device: Device) -> Estimate:
+    """`estimate` but for the largest batch, which is left at 0."""
     engine = grown(Engine(dataclasses.replace(config, compile=False), torch.device("cpu")))
     real = random_images(config, torch.device("meta"))
     g, d = (sum(p.nbytes for p in net.parameters()) for net in (engine.G, engine.D))

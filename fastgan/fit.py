@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fastgan import estimate
-from fastgan.config import Config, UsageError, read_config
+from fastgan.config import Config, UsageError, batch_unit, read_config
 from fastgan.data.feed import available
 from fastgan.engine import Engine
 from fastgan.limit import grown, phase_calls, random_images, random_step
@@ -54,7 +54,7 @@ def largest_batch(config: Config, device: torch.device, most: int) -> int:
 
     UsageError if not even the family's unit does.
     """
-    unit, free = estimate.batch_unit(config), int(SHARE * room(device))
+    unit, free = batch_unit(config), int(SHARE * room(device))
     smallest = dataclasses.replace(config, batch=unit)
     guess = estimate.batch_that_fits(smallest, free)
     found = bisect(lambda batch: _fits(dataclasses.replace(config, batch=batch), free), unit, guess, most)

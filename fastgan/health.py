@@ -14,7 +14,8 @@ NEVER = 2**62
 TICKS = 5  # so many in a row and a symptom is a warning
 ALIKE = 0.02  # samples' spread over the data's
 CERTAIN = 0.01  # loss of D; one that cannot tell has 0.5 to 2, by --loss
-# (tensors, flag, scale): tensors *= scale, flag = 1 if a value is not finite. Made for scaled gradients.
+# (tensors, flag, scale): tensors *= scale, flag = 1 if a value is not finite. Made for scaled gradients; flag
+# and scale are fp32, whatever the tensors are.
 flag_non_finite = torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default
 
 
@@ -25,8 +26,8 @@ class Watch:
     """
 
     def __init__(self, device: torch.device):
-        self.one = torch.ones([], device=device)
-        self.flags = torch.zeros(SPAN, device=device)
+        self.one = torch.ones([], device=device, dtype=torch.float32)
+        self.flags = torch.zeros(SPAN, device=device, dtype=torch.float32)
         self.numbers = torch.arange(SPAN, device=device)
         self.earliest = torch.tensor(NEVER, device=device)
         self.start = self.count = 0
@@ -61,7 +62,7 @@ class Watch:
 @torch.no_grad()
 def all_finite(tensors: list[Tensor]) -> bool:
     """Whether every value of floating `tensors` is finite. Waits for the device."""
-    flag = torch.zeros([], device=tensors[0].device)
+    flag = torch.zeros([], device=tensors[0].device, dtype=torch.float32)
     one = torch.ones_like(flag)
     for dtype in {t.dtype for t in tensors}:
         same = [t for t in tensors if t.dtype == dtype]

@@ -1,6 +1,6 @@
 """Blocks that several families use: labels, noise, and layers in a row as fused operations."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,7 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor, dtype: torch.dtype | None
         norm = left.pop(0) if left and isinstance(left[0], Norm) else None
         act = left.pop(0) if left and isinstance(left[0], nn.ReLU | nn.LeakyReLU) else None
         slope = act.negative_slope if isinstance(act, nn.LeakyReLU) else 1.0 if act is None else 0.0
-        if isinstance(norm, nn.BatchNorm2d) and not isinstance(layer, nn.Linear):
+        if isinstance(norm, nn.BatchNorm2d) and not isinstance(layer, nn.Linear) and not over_ranks(norm):
             x = _conv_bn_act(x, layer, norm, slope)
         elif norm is not None:
             x = normalize(weigh(x, layer), norm, slope)
@@ -94,6 +94,8 @@ def normalize(x: Tensor, norm: nn.Module, slope: float = 1.0, upsample: int = 1)
     if isinstance(norm, nn.InstanceNorm2d):
         return instance_norm_act(x, norm.weight, norm.bias, norm.eps, "lrelu", slope, upsample)
     assert isinstance(norm, _BatchNorm)
+    if over_ranks(norm):
+        return synchronized_batch_norm_act(x, norm, norm.weight, norm.bias, "lrelu", slope, upsample)
     mean, var, momentum = _running(norm)
     y = batch_norm_act(
         x[:, :, None, None] if x.ndim == 2 else x,
@@ -131,6 +133,52 @@ def _conv_bn_act(
         eps=norm.eps,
         slope=slope,
     )
+
+
+def synchronize_batch_norms(nets: Iterable[nn.Module], mean: Callable[[Tensor], Tensor], size: int) -> None:
+    """Let every BatchNorm in `nets` take statistics over all `size` ranks; `mean` is that of their values."""
+    for net in nets:
+        for norm in net.modules():
+            if isinstance(norm, _BatchNorm):
+                object.__setattr__(norm, "over_ranks", (mean, size))  # no part of its state
+
+
+def over_ranks(norm: nn.Module) -> tuple[Callable[[Tensor], Tensor], int] | None:
+    """What `synchronize_batch_norms` has told a BatchNorm in training."""
+    return getattr(norm, "over_ranks", None) if norm.training else None
+
+
+def synchronized_batch_norm_act(
+    x: Tensor,
+    norm: _BatchNorm,
+    scale: Tensor,
+    shift: Tensor,
+    act: str,
+    alpha: float | None = None,
+    upsample: int = 1,
+) -> Tensor:
+    """`batch_norm_act` in training on x [N, C] or [N, C, H, W], statistics over all ranks' samples.
+
+    scale, shift [C] or [N, C]. As many times differentiable as `mean`, so penalties go through it; two small
+    collectives forward, and as many for each derivative.
+    """
+    told = over_ranks(norm)
+    assert told is not None
+    mean_over_ranks, size = told
+    running_mean, running_var, momentum = _running(norm)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    dims = [0, *range(2, x.ndim)]
+    form = (-1, x.shape[1], *(1 for _ in dims[1:]))
+    mean = mean_over_ranks(wide.mean(dim=dims))
+    centered = wide - mean.view(form)
+    var = mean_over_ranks(centered.square().mean(dim=dims))
+    with torch.no_grad():
+        count = size * x.numel() // x.shape[1]
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+    y = centered * ((var + norm.eps).rsqrt().view(form) * scale.view(form)) + shift.view(form)
+    y = bias_act(y.to(x.dtype), act=act, alpha=alpha, gain=1.0)
+    return y if upsample == 1 else F.interpolate(y, scale_factor=upsample)
 
 
 def _running(norm: _BatchNorm) -> tuple[Tensor, Tensor, float]:

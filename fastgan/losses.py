@@ -107,9 +107,14 @@ def _precise(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def feature_matching(real: Tensor, fake: Tensor) -> Tensor:
+def batch_mean(x: Tensor) -> Tensor:
+    """mean_n x_n of x [N, ...]."""
+    return x.mean(dim=0)
+
+
+def feature_matching(real: Tensor, fake: Tensor, mean: Callable[[Tensor], Tensor] = batch_mean) -> Tensor:
     """||mean_n real_n - mean_n fake_n||^2 of D's features [N, ...] (Salimans et al. 2016, section 3.1)."""
-    return (_precise(real).mean(dim=0) - _precise(fake).mean(dim=0)).square().sum()
+    return (mean(_precise(real)) - mean(_precise(fake))).square().sum()
 
 
 def drift(real: Tensor) -> Tensor:
@@ -172,18 +177,23 @@ def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Ten
 
 
 def path_length(
-    images: Tensor, ws: Tensor, noise: Tensor, mean: Tensor, decay: float
+    images: Tensor,
+    ws: Tensor,
+    noise: Tensor,
+    mean: Tensor,
+    decay: float,
+    mean_of: Callable[[Tensor], Tensor] = batch_mean,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Path length regularization (Karras et al. 2019, equation 4): (penalty, new running mean, lengths [N]).
 
     With J = d images / d ws and y ~ N(0, 1) / sqrt(H W): length = sqrt(mean over layers of |J^T y|^2),
     mean' = mean + decay * (mean of lengths - mean), penalty = mean of (length - mean')^2. The gradient also
     flows through mean', as in the public implementations. images [N, C, H, W]; ws [N, layers, w_dim]
-    or [N, d]; noise ~ N(0, 1) shaped as images; mean a scalar.
+    or [N, d]; noise ~ N(0, 1) shaped as images; mean a scalar. `mean_of` takes the mean of lengths.
     """
     y = noise / (images.shape[2] * images.shape[3]) ** 0.5
     (grad,) = torch.autograd.grad((images * y).sum(), ws, create_graph=True)
     squares = _precise(grad).square().sum(dim=-1)
     lengths = (squares if squares.ndim == 1 else squares.mean(dim=1)).sqrt()
-    mean = mean.lerp(lengths.mean(), decay)
+    mean = mean.lerp(mean_of(lengths), decay)
     return (lengths - mean).square().mean(), mean.detach(), lengths.detach()

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
-from fastgan import cli, doctor, estimate, nvml
-from fastgan.config import Config, UsageError, make_config, resolve_device
+from fastgan import cli, doctor, estimate, nvml, scaling
+from fastgan.config import Config, UsageError, batch_unit, make_config, resolve_device
 from fastgan.data.feed import Batch, fits
 from fastgan.engine import Engine
 from fastgan.limit import (
@@ -42,6 +42,9 @@ def parser() -> cli.Parser:
     p.add_argument(
         "--estimate", choices=[*estimate.DEVICES], help="predict for a device that is not here, run nothing"
     )
+    p.add_argument(
+        "--gpus", type=int, metavar="N", help="with --estimate: predict the gain of up to N of them"
+    )
     p.add_argument("--sweep", choices=("batch",), help="find the batch with most images/s on this device")
     p.add_config()
     return p
@@ -54,20 +57,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     given = vars(parser().parse_args(argv))
-    seconds, trace, out, other, sweep = (
-        given.pop(k) for k in ("seconds", "trace", "json", "estimate", "sweep")
+    seconds, trace, out, other, gpus, sweep = (
+        given.pop(k) for k in ("seconds", "trace", "json", "estimate", "gpus", "sweep")
     )
     if not seconds > 0:
         raise UsageError(f"--seconds must be above 0: got {seconds}")
     if other and (trace or sweep):
         raise UsageError("--estimate runs nothing: leave out --trace and --sweep")
+    if gpus is not None and (gpus < 2 or not other):
+        raise UsageError("--gpus takes 2 or more, and needs --estimate")
     for path in (trace, out):
         if path and not path.parent.is_dir():
             raise UsageError(f"{path} cannot be written: there is no folder {path.parent}")
     config = make_config(**given)
     if other:
         precision = "bf16" if config.precision == "auto" else config.precision
-        lines, figures = estimate.report(dataclasses.replace(config, precision=precision), other)
+        config = dataclasses.replace(config, precision=precision)
+        lines, figures = estimate.report(config, other)
+        if gpus:
+            more, figures["scaling"] = scaling.report(config, other, gpus)
+            lines += more
         print("\n".join(lines))
     else:
         config, device = resolve_device(config)
@@ -212,7 +221,7 @@ def write_trace(engine: Engine, batch: Batch, path: Path) -> None:
 
 def sweep_batch(config: Config, device: torch.device, seconds: float) -> list[dict[str, Any]]:
     """Double the batch until it gains nothing or does not fit; prints a line each and the best."""
-    unit, rows = estimate.batch_unit(config), []
+    unit, rows = batch_unit(config), []
     batch = unit
     while True:
         each = dataclasses.replace(config, batch=batch)

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from fastgan.kernels.bias_act import bias_act
 from fastgan.kernels.norm_act import batch_norm_act, conditional_batch_norm_act
-from fastgan.layers import require_labels
+from fastgan.layers import over_ranks, require_labels, synchronized_batch_norm_act
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -185,6 +185,9 @@ class ConditionalBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """x [N, C, H, W], y [N, dims] -> activated, upsampled."""
+        if over_ranks(self):
+            scale, shift = (self.weight, self.bias) if self.affine else (1 + self.gain(y), self.shift(y))
+            return synchronized_batch_norm_act(x, self, scale, shift, self.act)
         assert self.num_batches_tracked is not None and self.momentum is not None
         if self.training:
             self.num_batches_tracked.add_(1)

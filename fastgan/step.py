@@ -11,6 +11,7 @@ What D is shown of real images, and which labels it is told, can be a family's o
 fastgan/models/__init__.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from fastgan.augment import ADA, DiffAugment
 from fastgan.losses import (
     LOSSES,
+    batch_mean,
     drift,
     feature_matching,
     gradient_penalty,
@@ -62,6 +64,7 @@ class Objective:
     pl: float = 0.0
     pl_decay: float = 0.01
     augment: DiffAugment | ADA | None = None  # of what D sees
+    batch_mean: Callable[[Tensor], Tensor] = batch_mean  # over the samples, of other ranks as well
 
 
 def to_unit_range(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -143,7 +146,9 @@ def g_path_phase(
     losses, total = _g_loss(G, D, real, c, latents, strength, objective)
     # Where a family's ws are its z, they are what the images are differentiated by.
     images, ws = _sample(G, pl_latents._replace(normal=pl_latents.normal.detach().requires_grad_()))
-    losses["path_length"], pl_mean, _ = path_length(images, ws, pl_noise, pl_mean, objective.pl_decay)
+    losses["path_length"], pl_mean, _ = path_length(
+        images, ws, pl_noise, pl_mean, objective.pl_decay, objective.batch_mean
+    )
     return _result(losses, total + objective.pl * losses["path_length"], G), pl_mean
 
 
@@ -169,7 +174,7 @@ def _g_loss(
     total = loss.g(logits, real_logits)
     losses = {"loss_g": total}
     if o.feature_matching > 0 and real_features is not None:
-        losses["feature_matching"] = feature_matching(real_features, features)
+        losses["feature_matching"] = feature_matching(real_features, features, o.batch_mean)
         total = total + o.feature_matching * losses["feature_matching"]
     if hasattr(G, "penalties"):
         for name, value in G.penalties(fake, _condition(latents.c)).items():

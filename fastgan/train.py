@@ -1,4 +1,8 @@
-"""python -m fastgan.train: flags to a configuration, then the loop."""
+"""python -m fastgan.train: flags to a configuration, then the loop.
+
+Started by torchrun or srun, each process is a rank of one run (distributed.py), of which the first alone
+prints and writes.
+"""
 
 import dataclasses
 import errno
@@ -8,7 +12,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -18,12 +22,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fastgan import cli, doctor, estimate, fit, nvml, precompile, report
+from fastgan import cli, distributed, doctor, fit, nvml, precompile, report
 from fastgan.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from fastgan.cli import duration
-from fastgan.config import Config, UsageError, make_config, resolve_device
+from fastgan.config import Config, UsageError, batch_unit, make_config, resolve_device
 from fastgan.data import Feed, PairFeed, images_for
 from fastgan.data.images import empty_classes
+from fastgan.distributed import ALONE, Launch, Ranks
 from fastgan.engine import Engine
 from fastgan.evaluate import Evaluator
 from fastgan.health import RETRIES, TICKS, Trouble, collapse, diagnosis, spread
@@ -49,6 +54,13 @@ def parser() -> cli.Parser:
     p.add_argument(
         "--tensorboard", action="store_true", help="write TensorBoard's event files, too, to its sub-folder"
     )
+    p.add_argument(
+        "--dist-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="with several ranks: how long one may be silent before the others end (default: 600)",
+    )
     p.add_config(batch=batch_or_auto)
     return p
 
@@ -63,23 +75,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     given = vars(parser().parse_args(argv))
-    run_dir, tensorboard = given.pop("run_dir"), given.pop("tensorboard")
+    run_dir, tensorboard, timeout = (given.pop(k) for k in ("run_dir", "tensorboard", "dist_timeout"))
     if tensorboard:
         check_tensorboard()
+    launch = distributed.launched()
     if given.get("batch") == "auto":
-        given["batch"] = find_batch(given, run_dir)
+        given["batch"] = find_batch(given, run_dir, launch)
     config, device = resolve_device(make_config(**given))
     command = shlex.join(["python", "-m", "fastgan.train", *(sys.argv[1:] if argv is None else argv)])
-    return train(config, device, run_dir or new_run_dir(config), command, tensorboard)
+    if launch is None:
+        return train(config, device, run_dir or new_run_dir(config), command, tensorboard)
+    if not timeout > 0:
+        raise UsageError(f"--dist-timeout must be above 0: got {timeout}")
+    distributed.check_shares(config, launch.size)
+    if run_dir is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise UsageError("torchrun --max-restarts needs --run-dir, for a restart to find the run")
+    device = distributed.own_device(device, launch)
+    try:
+        with distributed.joined(launch, device, timeout) as ranks:
+            return train(config, device, run_dir or new_run_dir(config), command, tensorboard, ranks)
+    except distributed.Lost as error:
+        print(f"fastgan: {error}", file=sys.stderr)
+        return 1
 
 
-def find_batch(given: dict[str, Any], run_dir: Path | None) -> int:
+def find_batch(given: dict[str, Any], run_dir: Path | None, launch: Launch | None) -> int:
     """What --batch auto means: the batch of the run in `run_dir`, else the largest that fits the memory.
 
     At most as many as there are images, which are loaded meanwhile, as they take their share of a GPU.
     """
     if known := fit.own_batch(run_dir):
         return known
+    if launch:
+        raise UsageError(
+            f"--batch auto finds the batch of one process: try it with one, and give {launch.size} times that"
+        )
     config, device = resolve_device(make_config(**{k: v for k, v in given.items() if k != "batch"}))
     config, feed, _ = open_data(config, device)
     try:
@@ -108,12 +138,17 @@ class StopRequest:
 
 
 class Progress:
-    """A tqdm bar on a terminal, a plain line a tick elsewhere."""
+    """A tqdm bar on a terminal, a plain line a tick elsewhere; nothing at all if not `shown`."""
 
-    def __init__(self, total: int, start: int):
-        self.bar = tqdm(total=total, initial=start, unit="img", unit_scale=True, disable=None, smoothing=0.1)
+    def __init__(self, total: int, start: int, shown: bool = True):
+        self.shown, hidden = shown, None if shown else True  # None: where there is no terminal
+        self.bar = tqdm(
+            total=total, initial=start, unit="img", unit_scale=True, disable=hidden, smoothing=0.1
+        )
 
     def say(self, message: str) -> None:
+        if not self.shown:
+            return
         if self.bar.disable:
             print(message, flush=True)
         else:
@@ -162,14 +197,15 @@ def memory_held(device: torch.device) -> str:
     return f"out of memory on {device}: {allocated} allocated of {reserved} reserved"
 
 
-def out_of_memory(held: str, config: Config, device: torch.device) -> str:
+def out_of_memory(held: str, config: Config, device: torch.device, ranks: int = 1) -> str:
     """One line on `memory_held` and the ways out; asked when the run has let go of its memory."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    smaller = fit.smaller_batch(config, fit.room(device))
-    ways = [f"use --batch {smaller}, which should fit (estimate; --batch auto tries)"]
+    share = dataclasses.replace(config, batch=config.batch // ranks)
+    smaller = ranks * fit.smaller_batch(share, fit.room(device))
+    ways = [f"use --batch {smaller}, which should fit (estimate{'; --batch auto tries' * (ranks == 1)})"]
     if not smaller:
-        ways = [f"not even --batch {estimate.batch_unit(config)} should fit (estimate): use smaller networks"]
+        ways = [f"not even --batch {ranks * batch_unit(config)} should fit (estimate): use smaller networks"]
     given = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     if device.type == "cuda" and "expandable_segments:True" not in given:
         setting = ",".join(filter(None, (given, "expandable_segments:True")))
@@ -223,32 +259,59 @@ def enumerated(classes: Sequence[str]) -> str:
     return f"{len(classes)} class{'es' * (len(classes) > 1)} ({shown})"
 
 
-def train(config: Config, device: torch.device, run_dir: Path, command: str, tensorboard: bool) -> int:
+def open_shared_data(
+    config: Config, device: torch.device, ranks: Ranks
+) -> tuple[Config, Feed | PairFeed, str]:
+    """`open_data` on every rank; a machine's first rank fills the cache that the others read."""
+    data = None
+    for turn in (True, False):
+        with ranks.errors_shared("while the data is read"):
+            if turn == (ranks.local == 0):
+                data = open_data(config, device)
+    assert data is not None
+    config, _, about = data
+    ranks.require_same({"data": about, "torch": torch.__version__, **dataclasses.asdict(config)})
+    return data
+
+
+def train(
+    config: Config,
+    device: torch.device,
+    run_dir: Path,
+    command: str,
+    tensorboard: bool,
+    ranks: Ranks = ALONE,
+) -> int:
     """Run or resume `config` in `run_dir`; returns the exit code. `command` is what the report says."""
-    config, feed, about = open_data(config, device)
-    judge = Evaluator.of_run(config, device) if config.metrics and config.eval_every > 0 else None
-    folder = RunFolder(run_dir, config)
-    stop = StopRequest()
-    engine = progress = helper = None
+    config, feed, about = open_shared_data(config, device, ranks)
+    folder = judge = stop = engine = progress = helper = None
     try:
-        engine = Engine(config, device)
-        engine.g.helper = helper = precompile.start(config)
-        checkpoint = load_checkpoint(run_dir / "checkpoints", print)
-        if checkpoint:
+        with ranks.errors_shared("while the run folder is opened"):
+            if ranks.first:
+                judge = Evaluator.of_run(config, device) if config.metrics and config.eval_every > 0 else None
+                folder = RunFolder(run_dir, config)
+        stop = StopRequest()
+        engine = Engine(config, device, ranks)
+        engine.g.helper = helper = precompile.start(config) if ranks.size == 1 else None
+        if checkpoint := load_shared_checkpoint(folder, ranks, print):
             engine.load_state(*checkpoint)
-            restore_generator(run_dir / "generator.safetensors", *checkpoint, config)
-        folder.rewind_log(engine.images)
-        folder.record_session(session(engine, command))
-        if tensorboard:
-            folder.open_events(engine.images)
-        progress = Progress(config.images, min(engine.images, config.images))
+        ranks.verify(engine.shared_state(), engine.images)
+        progress = Progress(config.images, min(engine.images, config.images), shown=ranks.first)
         engine.announce = progress.say
-        progress.say(f"{config.arch} on {about}: {run_dir}")
+        over = f", {ranks.size} ranks" if ranks.size > 1 else ""
+        progress.say(f"{config.arch} on {about}{over}: {run_dir}")
         if engine.images:
             progress.say(f"resuming at {engine.images / 1000:.1f} kimg")
         reals = feed.batch(0, min(GRID, feed.count))[0]
-        save_image(run_dir / "reals.png", picture(config, reals / 127.5 - 1))
-        report.write(run_dir)
+        if folder:
+            if checkpoint:
+                restore_generator(run_dir / "generator.safetensors", *checkpoint, config)
+            folder.rewind_log(engine.images)
+            folder.record_session(session(engine, command))
+            if tensorboard:
+                folder.open_events(engine.images)
+            save_image(run_dir / "reals.png", picture(config, reals / 127.5 - 1))
+            report.write(run_dir)
         return _loop(config, engine, feed, reals, folder, judge, stop, progress)
     except (RuntimeError, MemoryError) as error:
         if not fit.ran_out(error):
@@ -259,16 +322,29 @@ def train(config: Config, device: torch.device, run_dir: Path, command: str, ten
             raise
         raise UsageError(disk_full(run_dir, error)) from None
     finally:
-        stop.restore()
+        if stop:
+            stop.restore()
         if helper:
             helper.terminate()
             helper.wait()
         if progress:
             progress.close()
         feed.close()
-        folder.close()
+        if folder:
+            folder.close()
     del engine, feed  # what had run out is free again, for the estimate
-    raise UsageError(out_of_memory(held, config, device))
+    raise UsageError(out_of_memory(held, config, device, ranks.size))
+
+
+def load_shared_checkpoint(
+    folder: RunFolder | None, ranks: Ranks, warn: Callable[[str], None]
+) -> tuple[dict[str, torch.Tensor], int] | None:
+    """`load_checkpoint` of the first rank's `folder`, on all ranks."""
+    checkpoint = None
+    with ranks.errors_shared("while a checkpoint is read"):
+        if folder:
+            checkpoint = load_checkpoint(folder.path / "checkpoints", warn)
+    return ranks.broadcast(checkpoint)
 
 
 def _loop(
@@ -276,17 +352,17 @@ def _loop(
     engine: Engine,
     feed: Feed | PairFeed,
     reals: torch.Tensor,
-    folder: RunFolder,
+    folder: RunFolder | None,
     judge: Evaluator | None,
     stop: StopRequest,
     progress: Progress,
 ) -> int:
+    ranks, share = engine.ranks, config.step_images // engine.ranks.size
     latents = torch.randn(GRID, engine.G.z_dim, generator=torch.Generator().manual_seed(config.seed))
     power = nvml.Meter(engine.device)
     first, began = engine.images, time.perf_counter()
     tick_first, tick_began, tick_compiling = first, began, 0.0
-    best = folder.best(judge.better) if judge else None
-    recent = folder.read_log()[1 - TICKS :]  # what collapse is told by, so that resuming changes no warning
+    best, recent = remembered(folder, judge)
     data_spread = max(spread(shown(config, reals / 127.5 - 1)), 1e-9)
     warnings: list[str] = []
 
@@ -295,12 +371,16 @@ def _loop(
 
     def save() -> None:
         engine.settle()
-        state = engine.state()
+        ranks.verify(engine.shared_state(), engine.images)
+        state = engine.whole_state()
+        if not folder:
+            return
         save_checkpoint(folder.path / "checkpoints", state, engine.images, config.keep)
         save_generator(folder.path / "generator.safetensors", state, config, engine.images)
 
-    while engine.images < config.images and stop.signal is None:
-        engine.step(*feed.batch(engine.images, config.step_images))
+    asked = 0  # the signal by which any rank has been asked to stop
+    while engine.images < config.images and not (asked := ranks.most(stop.signal or 0)):
+        engine.step(*feed.batch(engine.images + ranks.rank, share, ranks.size))
         progress.advance(config.step_images)
         done = engine.images >= config.images
         ticks = done or crossed(engine.images, config.step_images, config.tick_kimg)
@@ -308,12 +388,11 @@ def _loop(
         saves = done or regular
         if (ticks or saves) and (found := trouble(saves)):
             warnings.append(roll_back(engine, folder, found, progress))
-            recent = folder.read_log()[1 - TICKS :]
-            best = folder.best(judge.better) if judge else None
+            best, recent = remembered(folder, judge)
             tick_first, tick_began, tick_compiling = engine.images, time.perf_counter(), engine.compiling
             continue
-        if ticks:
-            losses = engine.take_losses()  # waits for the device, so the clock is read after it
+        losses = engine.take_losses() if ticks else {}  # waits for the device; the clock is read after it
+        if ticks and folder:
             now = time.perf_counter()
             training = now - tick_began - (engine.compiling - tick_compiling)
             rate = (engine.images - tick_first) / max(training, 1e-9)
@@ -352,18 +431,22 @@ def _loop(
             engine.retries = 0  # a stop between two checkpoints changes no noise
         if saves:
             save()
-            folder.plot()
+            if folder:
+                folder.plot()
 
-    if stop.signal is not None and engine.images < config.images:
+    if asked:
         if found := trouble(saving=True):
             progress.say(f"nothing saved since the last checkpoint: {found}")
         else:
             save()
-        progress.say(
-            f"stopped at {engine.images / 1000:.1f} kimg; "
-            f"the same command with --run-dir {folder.path} resumes"
-        )
-        return 128 + stop.signal
+        if folder:
+            progress.say(
+                f"stopped at {engine.images / 1000:.1f} kimg; "
+                f"the same command with --run-dir {folder.path} resumes"
+            )
+        return 128 + asked
+    if not folder:
+        return 0
     seconds = time.perf_counter() - began
     trained, training = engine.images - first, seconds - engine.compiling
     progress.close()
@@ -387,24 +470,37 @@ def crossed(images: int, batch: int, kimg: float) -> bool:
     return images // every > (images - batch) // every
 
 
-def roll_back(engine: Engine, folder: RunFolder, trouble: Trouble, progress: Progress) -> str:
+def remembered(
+    folder: RunFolder | None, judge: Evaluator | None
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """What a resumed run knows of before: the best figures, and the log's last lines, by which collapse is
+    told."""
+    if not folder:
+        return None, []
+    return folder.best(judge.better) if judge else None, folder.read_log()[1 - TICKS :]
+
+
+def roll_back(engine: Engine, folder: RunFolder | None, trouble: Trouble, progress: Progress) -> str:
     """Back to the last checkpoint, or to the start, to go on with other noise; returns what to log.
 
     The checkpoint is told how often it has been gone back to: a run that is killed after this goes on as this
     one does. UsageError with a diagnosis if it has been often enough, or --on-nan is stop.
     """
     config, retries, failed = engine.config, engine.retries + 1, engine.images
-    files = checkpoints(folder.path / "checkpoints")
+    files = checkpoints(folder.path / "checkpoints") if folder else []
     if config.on_nan == "stop" or retries > RETRIES:
         raise UsageError(diagnosis(trouble, config, engine.retries, str(files[-1]) if files else None))
-    if checkpoint := load_checkpoint(folder.path / "checkpoints", progress.say):
+    if checkpoint := load_shared_checkpoint(folder, engine.ranks, progress.say):
         engine.load_state(*checkpoint)
         engine.retries = retries
-        save_checkpoint(folder.path / "checkpoints", engine.state(), engine.images, config.keep)
+        state = engine.whole_state()
+        if folder:
+            save_checkpoint(folder.path / "checkpoints", state, engine.images, config.keep)
     else:
         engine.restart()
         engine.retries = retries
-    folder.rewind_log(engine.images)
+    if folder:
+        folder.rewind_log(engine.images)
     progress.back_to(engine.images)
     said = (
         f"{trouble}: went back from {failed:,} to {engine.images:,} images, to go on with other noise "

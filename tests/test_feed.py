@@ -133,7 +133,18 @@ def test_streaming_takes_the_batch_that_the_thread_gathered(monkeypatch: pytest.
     for i in range(5):
         streamed.batch(8 * i, 8)
     streamed.close()
-    assert asked[:5] == [(8 * i, 8) for i in range(5)], "each gathered once"
+    assert asked[:5] == [(8 * i, 8, 1) for i in range(5)], "each gathered once"
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_ranks_share_out_the_draws(resident: bool):
+    """Rank r of 3 takes every third draw, across epochs and from its own thread's foresight."""
+    whole = Feed(numbered(20), CPU, mirror=True).batch(0, 60)[0]
+    for rank in range(3):
+        feed = Feed(numbered(20), CPU, mirror=True, resident=resident)
+        shares = [feed.batch(12 * i + rank, 4, 3)[0] for i in range(5)]
+        feed.close()
+        assert torch.equal(torch.cat(shares), whole[rank::3])
 
 
 def test_streamed_batches_are_not_overwritten():
@@ -147,7 +158,7 @@ def test_an_error_in_the_thread_is_raised(monkeypatch: pytest.MonkeyPatch):
     streamed.batch(0, 8)
     streamed.close()
     streamed = Feed(numbered(50), CPU, resident=False)
-    monkeypatch.setattr(streamed, "ahead", ((0, 8), streamed.thread.submit(never)))
+    monkeypatch.setattr(streamed, "ahead", ((0, 8, 1), streamed.thread.submit(never)))
     with pytest.raises(AssertionError, match="decoded again"):
         streamed.batch(0, 8)
 

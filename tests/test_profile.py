@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan import doctor, estimate, limit, nvml, profile
+from fastgan import doctor, estimate, limit, nvml, profile, scaling
 from fastgan.__main__ import COMMANDS
-from fastgan.config import make_config, resolve_device
+from fastgan.config import build_networks, make_config, resolve_device
 from fastgan.engine import Engine
 from fastgan.estimate import DEVICES, Device, Meter
 from fastgan.kernels.dispatch import Op
@@ -269,6 +270,52 @@ def test_estimates_are_labelled(tmp_path, capsys: pytest.CaptureFixture[str]):
     assert json.loads(out.read_text())["largest_batch"] > 1000
 
 
+def test_a_ring_moves_almost_twice_the_gradients():
+    assert scaling.ring_seconds(4, 100.0, 0, 50.0, 1.0) == pytest.approx(2 * 3 / 4 * 100 / 50)
+    assert scaling.ring_seconds(4, 0.0, 2, 50.0, 0.1) == pytest.approx(2 * 6 * 0.1)
+    config = make_config("wgan", precision="bf16", resolution=16, ngf=4, ndf=4, d_steps=5)
+    g, d = (sum(4 * p.numel() for p in net.parameters()) for net in build_networks(config))
+    assert scaling.gradient_bytes(config) == (g + 5 * d, 6)
+
+
+def test_more_gpus_gain_as_much_as_their_link_allows(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    out = tmp_path / "figures.json"
+    options = ["--arch", "gan", "--ngf", "2", "--ndf", "2", "--resolution", "8", "--precision", "bf16"]
+    wide = [*options, "--batch", "64", "--estimate", "h100", "--json", str(out)]
+    assert profile.main([*wide, "--gpus", "16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("estimate: ") for line in lines[1:])
+    assert "a second machine of 8 pays from" in lines[-1]
+    figures = json.loads(out.read_text())["scaling"]
+    one, *more = figures["rows"]
+    assert [row["gpus"] for row in more] == [2, 4, 8, 16, 16, 16]
+    assert one["reduce"] == 0 and one["speed_up"] == [1, 1] and one["images"] == 64
+    for row in more:
+        assert row["images"] * row["gpus"] == 64 and row["reduce"] < row["low"] < row["high"]
+        assert row["speed_up"] == pytest.approx([one[k] / row[k] for k in ("low", "high")])
+    slow, middle, fast = (row["high"] for row in more[3:])
+    assert slow > middle > fast
+    assert profile.main([*wide, "--batch", "4", "--gpus", "64"]) == 0
+    assert "more GPUs would need a --batch above 4" in capsys.readouterr().out
+
+
+def test_a_second_machine_pays_where_its_link_breaks_even():
+    config = make_config("dcgan", precision="bf16")
+    size, reductions = scaling.gradient_bytes(config)
+
+    def step(gpus: int, compute: float, gbit: float) -> scaling.Row:
+        reduce = scaling.ring_seconds(gpus, size, reductions, gbit / 8 * 1e9, scaling.NETWORK_LATENCY)
+        return scaling.Row(gpus, 1, "", reduce, compute + reduce, compute + reduce, (1, 1))
+
+    one = scaling.Row(8, 1, "", 0.0, 0.1, 0.2, (1, 1))
+    pays = scaling.second_machine(config, [one, step(16, 0.05, 10)])
+    assert pays is not None
+    assert step(16, 0.05, pays[0]).low == pytest.approx(one.low)
+    assert step(16, 0.05, pays[1]).high == pytest.approx(one.high)
+    assert scaling.second_machine(config, [one, step(16, 0.2, 10)]) == (float("inf"), float("inf"))
+    assert scaling.second_machine(config, [one]) is None
+
+
 def test_a_sweep_ends_and_names_the_best_batch(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -295,6 +342,7 @@ def test_a_sweep_ends_and_names_the_best_batch(
         (["--arch", "dcgan", "--w-dim", "3"], "--w-dim does not apply"),
         (["--arch", "dcgan", "--estimate", "v100"], "--estimate"),
         (["--arch", "dcgan", "--estimate", "a100", "--sweep", "batch"], "leave out"),
+        (["--arch", "dcgan", "--gpus", "4"], "--gpus takes 2 or more, and needs --estimate"),
         (["--arch", "dcgan", "--seconds", "0"], "--seconds must be above 0"),
         (["--arch", "dcgan", "--json", "/nowhere/x.json"], "no folder /nowhere"),
     ],

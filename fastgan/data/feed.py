@@ -48,16 +48,19 @@ class Feed:
             self.labels = None if self.labels is None else self.labels.to(device)
         self.side = SideStream(device) if device.type == "cuda" and not self.resident else None
         self.thread = ThreadPoolExecutor(1, "feed")  # starts with the first task
-        self.ahead: tuple[tuple[int, int], Future[Sent]] | None = None
+        self.ahead: tuple[tuple[int, int, int], Future[Sent]] | None = None
 
-    def batch(self, start: int, count: int) -> Batch:
-        """Draws start .. start+count-1: uint8 [count, C, H, W] in channels_last, and labels int64 [count]."""
+    def batch(self, start: int, count: int, every: int = 1) -> Batch:
+        """Draws start, start + every, ...: uint8 [count, C, H, W] in channels_last, labels int64 [count].
+
+        Rank r of n takes its share of the draws from `start` on by batch(start + r, count / n, n).
+        """
         if self.rows.device.type != "cpu":
-            rows, labels = self.select(start, count)
+            rows, labels = self.select(start, count, every)
         elif self.resident:
-            rows, labels = self.gather(start, count)
+            rows, labels = self.gather(start, count, every)
         else:
-            (rows, labels), arrival = self.foreseen(start, count)
+            (rows, labels), arrival = self.foreseen(start, count, every)
             if self.side:
                 self.side.receive(rows, labels, arrival)
         return rows.permute(0, 3, 1, 2), labels
@@ -66,32 +69,32 @@ class Feed:
         """Stop the thread. A streaming feed gives no batch after this."""
         self.thread.shutdown(cancel_futures=True)
 
-    def draws(self, start: int, count: int) -> np.ndarray:
+    def draws(self, start: int, count: int, every: int = 1) -> np.ndarray:
         """int64 [2, count]: which image each draw takes, and whether it is flipped."""
-        parts = []
+        parts, count = [], count * every
         while count > 0:
             epoch, offset = divmod(start, self.count)
             parts.append(self.epoch(epoch)[:, offset : offset + count])
             start += parts[-1].shape[1]
             count -= parts[-1].shape[1]
-        return np.concatenate(parts, axis=1)
+        return np.concatenate(parts, axis=1)[:, ::every]
 
-    def select(self, start: int, count: int) -> Batch:
+    def select(self, start: int, count: int, every: int = 1) -> Batch:
         """Rows uint8 [count, H, W, C] and labels of a set on an accelerator, without waiting for it."""
-        draws = self.pin(torch.from_numpy(self.draws(start, count))).to(self.device, non_blocking=True)
+        draws = self.pin(torch.from_numpy(self.draws(start, count, every))).to(self.device, non_blocking=True)
         rows = self.rows.index_select(0, draws[0])
         if self.mirror:
             rows = torch.where(draws[1].bool().view(-1, 1, 1, 1), rows.flip(2), rows)
         return rows, None if self.labels is None else self.labels.index_select(0, draws[0])
 
-    def gather(self, start: int, count: int) -> Batch:
+    def gather(self, start: int, count: int, every: int = 1) -> Batch:
         """Rows uint8 [count, H, W, C] and labels of a set in host memory, in memory that nobody else holds.
 
         NumPy, because torch would spread these small copies over its workers, and waking those takes
         longer than the copies on busy cores; in the thread they would also be a second set of workers.
         PyTorch hands out pinned memory again only after the copies from it have ended.
         """
-        which, flips = self.draws(start, count)
+        which, flips = self.draws(start, count, every)
         pinned = self.device.type == "cuda"
         batch = torch.empty((count, *self.rows.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
         rows = batch.numpy()
@@ -103,21 +106,21 @@ class Feed:
         labels = None if self.labels is None else self.pin(torch.from_numpy(self.labels.numpy()[which]))
         return batch, labels
 
-    def send(self, start: int, count: int) -> Sent:
+    def send(self, start: int, count: int, every: int = 1) -> Sent:
         """What `gather` returns, on its way to the device."""
-        rows, labels = self.gather(start, count)
+        rows, labels = self.gather(start, count, every)
         return self.side.send(rows, labels) if self.side else ((rows, labels), None)
 
-    def foreseen(self, start: int, count: int) -> Sent:
+    def foreseen(self, start: int, count: int, every: int = 1) -> Sent:
         """What `send` returns, from the thread if it foresaw this request; then sets it to the next."""
         wanted, future = self.ahead or (None, None)
-        following = (start + count, count)
-        if future is not None and wanted == (start, count):
+        following = (start + count * every, count, every)
+        if future is not None and wanted == (start, count, every):
             sent = future.result()
         else:
             if future is not None:
                 future.cancel()
-            sent = self.send(start, count)
+            sent = self.send(start, count, every)
         self.ahead = following, self.thread.submit(self.send, *following)
         return sent
 
@@ -137,9 +140,9 @@ class PairFeed:
         self.a, self.b = a, b
         self.count = max(a.count, b.count)
 
-    def batch(self, start: int, count: int) -> Batch:
-        """Draws start .. start+count-1: uint8 [count, 2C, H, W] in channels_last, without labels."""
-        (a, _), (b, _) = self.a.batch(start, count), self.b.batch(start, count)
+    def batch(self, start: int, count: int, every: int = 1) -> Batch:
+        """Draws start, start + every, ... : uint8 [count, 2C, H, W] in channels_last, without labels."""
+        (a, _), (b, _) = self.a.batch(start, count, every), self.b.batch(start, count, every)
         return torch.cat([a, b], dim=1), None
 
     def close(self) -> None:
