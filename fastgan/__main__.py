@@ -18,6 +18,7 @@ COMMANDS = {
 
 
 def main() -> int:
+    """Hand the arguments to the command that they name; returns its exit code."""
     if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
         return COMMANDS[sys.argv[1]](sys.argv[2:])
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""

@@ -12,7 +12,10 @@ Prose = argparse.RawDescriptionHelpFormatter  # for a description that is a modu
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are UsageErrors."""
+
     def error(self, message: str) -> NoReturn:
+        """UsageError instead of an exit."""
         raise UsageError(f"{message}; {self.prog} --help lists the options")
 
     def add_config(self, **types: Callable[[str], Any]) -> None:

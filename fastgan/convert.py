@@ -68,10 +68,12 @@ class Found:
 
     @property
     def network(self) -> str:
+        """ "generator" or "discriminator"."""
         return self.peer.network
 
 
 def parser() -> cli.Parser:
+    """The command's options."""
     p = cli.Parser(prog="fastgan convert", description=__doc__, formatter_class=cli.Prose)
     p.add_argument("src", metavar="SRC", type=Path, help="a checkpoint, or the folder of a run")
     p.add_argument("out", metavar="OUT", type=Path, help="the .safetensors to write")
@@ -364,6 +366,7 @@ def _mean_w(config: Config, options: Mapping[str, Any], state: Mapping[str, Tens
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
     return cli.run(_main, argv)
 
 

@@ -112,6 +112,7 @@ class Engine:
 
     @property
     def phases(self) -> tuple[Phase, ...]:
+        """All four."""
         return self.d, self.d_r1, self.g, self.g_path
 
     @property
@@ -507,6 +508,7 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of every parameter."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)

@@ -38,6 +38,7 @@ NEED_ALL_FEATURES = {"kid", "pr", "dc"}  # fid needs only their moments
 
 
 def parser() -> cli.Parser:
+    """The command's options."""
     p = cli.Parser(prog="fastgan evaluate", description=__doc__, formatter_class=cli.Prose)
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="folder of a run")
@@ -386,6 +387,7 @@ def held_out_of(data: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
     return cli.run(_main, argv)
 
 

@@ -38,6 +38,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # of the largest value
 
 
 def parser() -> cli.Parser:
+    """The command's options."""
     p = cli.Parser(prog="fastgan export", description=__doc__, formatter_class=cli.Prose)
     p.add_argument("run", type=Path, metavar="RUN", help="folder of a run, or a file of weights")
     p.add_argument("out", type=Path, metavar="OUT", help="file to write: .onnx, or .pt2 for AOTInductor")
@@ -53,6 +54,7 @@ def parser() -> cli.Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
     return cli.run(_main, argv)
 
 
@@ -124,6 +126,7 @@ def trace(net: nn.Module, args: dict[str, Tensor]) -> torch.export.ExportedProgr
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path, metadata: str) -> None:
+    """The program as an ONNX file."""
     with _quiet():
         converted = torch.onnx.export(program, opset_version=OPSET, dynamo=True, verbose=False)
     assert converted is not None
@@ -139,6 +142,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, metadata: str)
 
 
 def load_onnx(path: Path) -> Callable[..., Tensor]:
+    """What an ONNX file computes, by ONNX Runtime."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -150,6 +154,7 @@ def load_onnx(path: Path) -> Callable[..., Tensor]:
 
 
 def write_package(program: torch.export.ExportedProgram, path: Path, metadata: str) -> None:
+    """The program compiled by AOTInductor, in a .pt2 file."""
     with _quiet():
         torch._inductor.aoti_compile_and_package(
             program,
@@ -159,6 +164,7 @@ def write_package(program: torch.export.ExportedProgram, path: Path, metadata: s
 
 
 def load_package(path: Path) -> Callable[..., Tensor]:
+    """What a .pt2 file computes."""
     return torch._inductor.aoti_load_package(str(path))
 
 

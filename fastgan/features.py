@@ -67,6 +67,7 @@ def make(
 
 
 def checksum(net: nn.Module) -> str:
+    """Of a network's tensors and their names, SHA-256."""
     digest = hashlib.sha256()
     for name, tensor in net.state_dict().items():
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
@@ -74,6 +75,7 @@ def checksum(net: nn.Module) -> str:
 
 
 def file_checksum(path: Path) -> str:
+    """Of a file's bytes, SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -102,6 +104,7 @@ class Pixels(nn.Module):
     """The pixels in 0..1, shrunk by area to MOST_PIXELS."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, None]:
+        """Images in 0..255 [N, C, H, W] -> (their pixels [N, F], None)."""
         return shrunk(images.float(), MOST_PIXELS).flatten(1) / 255, None
 
 
@@ -131,6 +134,7 @@ class Classifier(nn.Module):
         self.register_buffer("scale", torch.ones([]))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images in 0..255 [N, C, H, W] -> (features [N, F], logits [N, classes])."""
         hidden = self.hidden(shrunk(images.float() / 127.5 - 1, self.side))
         return hidden / self.scale, self.head(hidden)
 
@@ -218,6 +222,7 @@ class Inception(nn.Module):
             ) from None
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images in 0..255 [N, C, H, W] -> (features [N, 2048], logits [N, 1008])."""
         if images.dtype != torch.uint8:
             raise ValueError(f"the Inception network takes uint8 images: got {images.dtype}")
         return self.net(images[:, :3].expand(-1, 3, -1, -1))

@@ -91,6 +91,7 @@ def _fits(config: Config, bytes: int) -> bool:
 
 
 def main() -> int:
+    """The process that tries a batch; its exit code says whether it fitted."""
     config, bytes = read_config(json.loads(sys.argv[1])), int(sys.argv[2])
     device = torch.device(config.device)
     if device.type == "cuda":

@@ -25,6 +25,7 @@ ARCHIVES = (".npz", ".safetensors", ".zip")  # data sets of one file; any other 
 
 
 def parser() -> cli.Parser:
+    """The command's options."""
     p = cli.Parser(
         prog="fastgan generate",
         description="Generate pictures. Same seed, same pictures, whatever --count and --batch.",
@@ -123,6 +124,7 @@ def _add_outputs(p: cli.Parser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
     return cli.run(_main, argv)
 
 

@@ -48,6 +48,7 @@ class Watch:
         return None if earliest == NEVER else earliest
 
     def forget(self) -> None:
+        """As if nothing had been seen."""
         self.count = 0
         self.flags.zero_()
         self.earliest.fill_(NEVER)

@@ -78,6 +78,7 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
+        """The unbiased covariance of all features so far [F, F]."""
         return self.scatter / (self.count - 1)
 
 

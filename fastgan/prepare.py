@@ -23,6 +23,7 @@ ADVICE = {
 
 
 def parser() -> cli.Parser:
+    """The command's options."""
     p = cli.Parser(
         prog="fastgan prepare",
         formatter_class=cli.Prose,
@@ -59,6 +60,7 @@ def parser() -> cli.Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
     return cli.run(_main, argv)
 
 
@@ -123,11 +125,13 @@ def check_room(out: Path, size: int) -> None:
 
 
 def goes_on(out: Path) -> str:
+    """What an error says of the part that is there."""
     partial = partial_of(out)
     return f"; the same command goes on from {partial}" if partial.exists() else ""
 
 
 def report(out: Path, source: Source, stored: Stored, copies: int, seconds: float) -> list[str]:
+    """The lines that are printed in the end."""
     count, side, _, channels = stored.rows.shape
     classes = f"{len(stored.classes)} classes" if stored.classes else "no classes"
     size = out.stat().st_size / 2**20

@@ -41,6 +41,7 @@ NO_CURVES = ("images", "seconds", "cpu_seconds")
 
 
 def parser() -> cli.Parser:
+    """The command's options."""
     p = cli.Parser(
         prog="fastgan report",
         description="Write a page on a run (training does so at every tick), or one that compares several.",

@@ -116,6 +116,7 @@ class RunFolder:
             )
 
     def close(self) -> None:
+        """Let go of the folder."""
         if self._events:
             self._events.close()
         self._lock.close()  # releases the lock; the system does so too when the process dies
@@ -152,6 +153,7 @@ class RunFolder:
             self._events.flush()
 
     def read_log(self) -> list[dict[str, Any]]:
+        """The log's lines."""
         return read_metrics(self.path / METRICS)
 
     def best(self, better: Callable[[Figures, Figures | None], bool]) -> Figures | None:

@@ -95,7 +95,7 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.products = self.launches = self.bytes = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         operands, results = _tensors(args, kwargs), _tensors(result)
         name = func.overloadpacket.__name__

@@ -46,6 +46,7 @@ GRID = 64  # images of a sample grid
 
 
 def parser() -> cli.Parser:
+    """The command's options."""
     p = cli.Parser(
         prog="fastgan train",
         description="Train a GAN. Rerun the same command with the same --run-dir to resume it.",
@@ -66,10 +67,12 @@ def parser() -> cli.Parser:
 
 
 def batch_or_auto(given: str) -> int | str:
+    """The type of --batch."""
     return given if given == "auto" else int(given)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
     return cli.run(_main, argv)
 
 
@@ -133,6 +136,7 @@ class StopRequest:
         print(f"\n{signal.Signals(number).name}: finishing the step, then saving", file=sys.stderr)
 
     def restore(self) -> None:
+        """Signals do again what they did before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -147,6 +151,7 @@ class Progress:
         )
 
     def say(self, message: str) -> None:
+        """A line of its own."""
         if not self.shown:
             return
         if self.bar.disable:
@@ -155,9 +160,11 @@ class Progress:
             self.bar.write(message)
 
     def advance(self, images: int) -> None:
+        """So many images more."""
         self.bar.update(images)
 
     def tick(self, line: dict[str, Any], left: float, losses: dict[str, float]) -> None:
+        """A tick's figures; `left` is the time to the end in seconds."""
         figures = {"img/s": f"{line['images_per_second']:.0f}"}
         figures |= {k.replace("loss_", ""): f"{v:.3g}" for k, v in losses.items() if not k.endswith("score")}
         if self.bar.disable:
@@ -167,10 +174,12 @@ class Progress:
             self.bar.set_postfix(figures)
 
     def back_to(self, images: int) -> None:
+        """As many images as a checkpoint has seen."""
         self.bar.n = images
         self.bar.refresh()
 
     def close(self) -> None:
+        """No bar any more."""
         self.bar.close()
 
 
@@ -181,6 +190,7 @@ def cpu_seconds() -> float:
 
 
 def peak_memory_mib(device: torch.device) -> int:
+    """Of a GPU what tensors took at most, of a CPU what the process did."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
@@ -255,6 +265,7 @@ def open_data(config: Config, device: torch.device) -> tuple[Config, Feed | Pair
 
 
 def enumerated(classes: Sequence[str]) -> str:
+    """How many classes there are, and the first of them."""
     shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
     return f"{len(classes)} class{'es' * (len(classes) > 1)} ({shown})"
 
@@ -529,6 +540,7 @@ def picture(config: Config, images: torch.Tensor) -> np.ndarray:
 
 
 def shown(config: Config, images: torch.Tensor) -> np.ndarray:
+    """Images -1..1 [N, C, R, R] as uint8 [N, H, W, C]; of two domains, pairs side by side."""
     return side_by_side(images) if config.domains == 2 else to_uint8(images)
 
 

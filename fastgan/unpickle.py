@@ -67,10 +67,12 @@ class Storage:
 
     @property
     def nbytes(self) -> int:
+        """Bytes that it claims."""
         return self.numel * self.dtype.itemsize
 
     @functools.cached_property
     def numbers(self) -> Tensor:
+        """All of it, read now; ValueError if there are not as many as claimed."""
         if self.fetch is None:
             raise ValueError("a storage is missing")
         data = bytearray(self.fetch())
@@ -110,13 +112,16 @@ class Claim:
 
     @property
     def numel(self) -> int:
+        """Numbers that it claims."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Bytes that it claims."""
         return self.numel * self.storage.dtype.itemsize
 
     def read(self) -> Tensor:
+        """The tensor itself."""
         return torch.as_strided(self.storage.numbers, self.shape, self.stride, self.offset).clone()
 
 

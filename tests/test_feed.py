@@ -250,7 +250,7 @@ class Machine(TorchDispatchMode):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.caller)
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: self.record(tensor, stream))
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func is torch.ops.aten._to_copy.default and kwargs and kwargs["non_blocking"]
         source = args[0].numpy()
         block = np.full_like(source, 99)
@@ -310,11 +310,13 @@ def test_a_slow_caller_gets_its_batches():
     for i in range(20):
         batch, labels = streamed.batch(16 * i, 16)
         torch.cuda._sleep(10_000_000)
-        seen.append((batch.clone(), labels.clone()))  # pyright: ignore[reportOptionalMemberAccess]
+        assert labels is not None
+        seen.append((batch.clone(), labels.clone()))
     streamed.close()
     expected, classes = Feed(images, CPU, mirror=True).batch(0, 320)
     assert torch.equal(torch.cat([batch for batch, _ in seen]).cpu(), expected)
-    assert torch.equal(torch.cat([labels for _, labels in seen]).cpu(), classes)  # pyright: ignore[reportArgumentType]
+    assert classes is not None
+    assert torch.equal(torch.cat([labels for _, labels in seen]).cpu(), classes)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -334,7 +336,8 @@ def test_cuda_gives_the_same_batches_without_a_sync(resident: bool):
         expected, classes = on_cpu.batch(16 * i, 16)
         assert batch.device == cuda and batch.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(batch.cpu(), expected)
-        assert torch.equal(labels.cpu(), classes)  # pyright: ignore
+        assert labels is not None and classes is not None
+        assert torch.equal(labels.cpu(), classes)
 
 
 def test_a_small_batch_takes_well_under_a_millisecond():

@@ -89,6 +89,7 @@ def images_for(config: Config, name: str) -> ImageSet:
 
 
 def image_set(rows, labels, source: Source, filter: str, skipped: tuple[str, ...] = ()) -> ImageSet:
+    """An ImageSet of rows [N, H, W, C]."""
     return ImageSet(rows.permute(0, 3, 1, 2), labels, source.classes, source.name, skipped, filter)
 
 
@@ -134,6 +135,7 @@ def prepared_source(data: str) -> Source | None:
 
 
 def holds_parquet(data: str) -> bool:
+    """Whether the folder `data` has parquet files in it."""
     try:
         return any(name.lower().endswith(".parquet") for name in os.listdir(data))
     except OSError:  # `folder_source` says so
@@ -141,6 +143,7 @@ def holds_parquet(data: str) -> bool:
 
 
 def no_keys(data: str, image_key: str, label_key: str) -> None:
+    """UsageError if a key is given for data that have none."""
     if image_key or label_key:
         flag = "--image-key" if image_key else "--label-key"
         raise UsageError(f"{flag} does not apply to {data}, only to hf:NAME and {', '.join(KEYED)} files")

@@ -105,6 +105,7 @@ def unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, data: str) -> bytes:
 
 
 def visible(name: str) -> bool:
+    """Whether no part of the name is hidden, or what macOS adds to its zips."""
     return not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
 
 

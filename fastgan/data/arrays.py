@@ -27,11 +27,13 @@ class Kind(NamedTuple):
 
     @property
     def images(self) -> bool:
+        """Whether it can be images: uint8 [N, H, W], [N, H, W, C] or [N, C, H, W]."""
         channels = self.shape[3:] + self.shape[1:2]
         four = len(self.shape) == 4 and any(c in MODES for c in channels)
         return self.dtype == "uint8" and (len(self.shape) == 3 or four) and 0 not in self.shape
 
     def labels(self, count: int) -> bool:
+        """Whether it can be the labels of `count` images."""
         return self.integers and self.shape in ((count,), (count, 1))
 
     def __str__(self) -> str:
@@ -98,6 +100,7 @@ def safetensors_source(data: str, image_key: str, label_key: str) -> Source:
 
 
 def array_source(data: str, images: torch.Tensor, labels: np.ndarray | None, key: str) -> Source:
+    """What was found in the file `data`, as a source."""
     numbers, classes = (None, ()) if labels is None else numbered(labels.reshape(-1), data)
     return rows_source(data, as_rows(images), numbers, classes, key)
 
@@ -164,6 +167,7 @@ def choose(found: Mapping[str, Kind], image_key: str, label_key: str, data: str)
 
 
 def kind(array: np.ndarray) -> Kind:
+    """Of an array of NumPy's."""
     return Kind(array.dtype.kind in "iu", str(array.dtype), array.shape)
 
 

@@ -41,6 +41,7 @@ def load(source: Source, fit: Fit, leave_out: Collection[str]) -> Stored:
 
 
 def checked(stored: Stored, source: Source, fit: Fit) -> Stored:
+    """`stored`; ValueError if it is of another set."""
     if stored.state.shape != (source.count,) or stored.rows.shape[1:] != fit.shape:
         raise ValueError("unexpected shapes")
     return stored

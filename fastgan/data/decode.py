@@ -53,6 +53,7 @@ class Fit:
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """Of an image as it comes out: height, width, channels."""
         return self.resolution, self.resolution, self.channels
 
 
@@ -132,6 +133,7 @@ def converted(image: Image.Image, mode: str) -> Image.Image:
 
 
 def bad(where: str, why: str) -> str:
+    """An error's text."""
     return f"{where} cannot be decoded ({why}); remove it or use --skip-bad"
 
 

@@ -65,6 +65,7 @@ def hub_source(data: str, image_key: str, label_key: str) -> Source:
 
 
 def package() -> Any:
+    """The datasets package; UsageError where it is missing."""
     try:
         import datasets
     except ImportError:

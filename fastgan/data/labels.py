@@ -56,6 +56,7 @@ def parse(text: bytes, where: str) -> dict[str, int] | None:
 
 
 def is_pair(pair: Any) -> bool:
+    """Whether it is an entry of dataset.json: a name and a number."""
     return isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and type(pair[1]) is int
 
 
@@ -85,6 +86,7 @@ class Matched:
         self.numbers = torch.from_numpy(known.astype(np.int64)) if self.classes else None
 
     def check(self, i: int) -> None:
+        """Unfit if image i has no label, or is not there."""
         name = self.names[i]
         way_out = f"mend {FILE} or use --skip-bad"
         if name not in self.found:

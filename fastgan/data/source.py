@@ -49,6 +49,7 @@ def plain(name: str) -> str:
 
 
 def shortened(value: object) -> str:
+    """A value from a file, for an error."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 

@@ -105,6 +105,7 @@ class Layout:
 
     @property
     def image_size(self) -> int:
+        """Bytes of an image."""
         return int(np.prod(self.shape))
 
     def end(self, count: int) -> int:
@@ -112,6 +113,7 @@ class Layout:
         return self.images_at + count * self.image_size
 
     def entries(self, count: int) -> dict[str, dict]:
+        """The header of safetensors for so many images."""
         parts = (
             {}
             if self.labels is None
@@ -127,6 +129,7 @@ class Layout:
         return entries
 
     def header(self, count: int) -> bytes:
+        """The same as bytes, as long as the longest one."""
         length = self.header_size - 8
         return length.to_bytes(8, "little") + json.dumps(self.entries(count)).encode().ljust(length)
 
@@ -149,6 +152,7 @@ def write(path: Path, source: Source, fit: Fit, leave_out: Collection[str] = ())
 
 
 def partial_of(path: Path) -> Path:
+    """What a file is called until it is whole."""
     return path.with_name(path.name + ".partial")
 
 
@@ -215,6 +219,7 @@ def written(file: BinaryIO, layout: Layout, count: int) -> Iterator[bytes]:
 
 
 def mark(image: bytes) -> bytes:
+    """What equal images have in common: 16 bytes."""
     return hashlib.blake2b(image, digest_size=16).digest()
 
 
@@ -310,6 +315,7 @@ def decoded(source: Source, fit: Fit, leave_out: Collection[str], start: int = 0
 
 
 def attempt(source: Source, i: int, fit: Fit, leave_out: Collection[str]) -> Decoded:
+    """Image i decoded, or why it is left out; UsageError if that reason is not among `leave_out`."""
     try:
         return decode(source, i, fit)
     except Unfit as unfit:
