@@ -291,7 +291,8 @@ class RawLaunches(torch.autograd.Function):
     """bias_act as an autograd.Function whose backward launches a kernel itself: right to first order."""
 
     @staticmethod
-    def forward(ctx, x, b, *args):  # type: ignore[override]
+    def forward(ctx, *inputs):
+        x, b, *args = inputs
         y = x.new_empty(x.shape)
         _launch("bias_act", bias_act_kernels._forward_kernel, (x, b, y), *args)
         ctx.save_for_backward(x, b)
@@ -299,7 +300,8 @@ class RawLaunches(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, g):  # type: ignore[override]
+    def backward(ctx, *grad_outputs):
+        (g,) = grad_outputs
         x, b = ctx.saved_tensors
         dx = torch.empty_like(x)
         _launch("bias_act_backward", bias_act_kernels._backward_kernel, (g.contiguous(), x, b, dx), *ctx.args)
