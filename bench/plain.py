@@ -117,7 +117,7 @@ def plain_instance_norm(
     x: Tensor, act: str = "linear", alpha: float = 0.0, weight: None = None, bias: None = None
 ) -> Tensor:
     y = F.instance_norm(x)
-    return y if act == "linear" else F.leaky_relu(y, alpha)
+    return y if act == "linear" else F.leaky_relu(y, alpha if act == "lrelu" else 0.0)
 
 
 def plain_grouped_conv2d(x: Tensor, w: Tensor, groups: int) -> Tensor:
