@@ -297,13 +297,16 @@ def children(of: int) -> dict[str, int]:
     return found
 
 
+TIMED = (".lock", "metrics.jsonl", "losses.png", "sessions.jsonl", "report.html")
+
+
 def outcome(run_dir: Path) -> dict[str, Any]:
     """Every file of a run, the times in its log left out."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     varying = ("seconds", "cpu_seconds", "images_per_second", "memory_mib")
     files: dict[str, Any] = {"log": [{k: v for k, v in x.items() if k not in varying} for x in lines]}
     for path in sorted(run_dir.rglob("*")):
-        if path.is_file() and path.name not in (".lock", "metrics.jsonl", "losses.png"):
+        if path.is_file() and path.name not in TIMED:
             files[str(path.relative_to(run_dir))] = path.read_bytes()
     return files
 
@@ -319,3 +322,10 @@ def test_torchrun_restarts_what_was_killed(tmp_path: Path):
     code, said = finish([torchrun(tmp_path / "whole")])[0]
     assert code == 0, said
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.exhaustive
+def test_all_go_back_together_where_numbers_are_not_finite(tmp_path: Path):
+    more = ["--kimg", "1", "--g-lr", "1e30", "--run-dir", str(tmp_path / "run")]
+    for code, said in finish(start(2, "-m", "fastgan.train", *RUN, *more)):
+        assert code == 2 and "also with 3 other draws of noise from the start" in said
