@@ -1,5 +1,6 @@
 """Every family, trained on the embedded digits and judged: what bench.quality --train makes a table of."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -115,8 +116,8 @@ def log_of(folder: Path) -> Path:
 
 def config_of(command: list[str]) -> Config:
     """What fastgan.train makes of its options before it has read the data."""
-    given = vars(train.parser().parse_args(command))
-    del given["run_dir"]
+    fields = {field.name for field in dataclasses.fields(Config)}
+    given = {k: v for k, v in vars(train.parser().parse_args(command)).items() if k in fields}
     return resolve_device(make_config(**given))[0]
 
 
