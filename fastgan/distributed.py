@@ -19,6 +19,8 @@ import hashlib
 import json
 import os
 import re
+import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from fastgan.config import Config, UsageError, batch_unit, build_networks
 
@@ -324,6 +328,32 @@ def fingerprint(tensor: Tensor) -> str:
     return hashlib.blake2b(bits.data, digest_size=8).hexdigest()
 
 
+def cleared(store: Store, launch: Launch, timeout: float) -> Store:
+    """A part of `store` that holds nothing of earlier starts.
+
+    torchrun's agent keeps one store over its restarts, and in it the addresses of ranks that are dead
+    (pytorch/pytorch#135712); its count of restarts is not the same on all nodes. So rank 0 names each start
+    and answers the token that another rank has just drawn, until all have taken the name.
+    """
+    name = secrets.token_hex(8)
+    if launch.rank:
+        store.set(f"fastgan/token/{launch.rank}", name)
+        name = store.get(f"fastgan/name/{name}").decode()
+        store.set(f"fastgan/taken/{name}/{launch.rank}", "")
+        return PrefixStore(name, store)
+    missing = list(range(1, launch.size))
+    end = time.monotonic() + timeout
+    while missing:
+        for rank in missing:
+            if store.check([token := f"fastgan/token/{rank}"]):
+                store.set(f"fastgan/name/{store.get(token).decode()}", name)
+        missing = [rank for rank in missing if not store.check([f"fastgan/taken/{name}/{rank}"])]
+        if time.monotonic() > end:
+            raise RuntimeError(f"rank {missing[0]} did not come")
+        time.sleep(0.02)
+    return PrefixStore(name, store)
+
+
 @contextmanager
 def joined(launch: Launch | None, device: torch.device, timeout: float) -> Iterator[Ranks]:
     """The ranks, after all of them have come; `Lost` if they do not within `timeout` seconds, or go later."""
@@ -333,12 +363,14 @@ def joined(launch: Launch | None, device: torch.device, timeout: float) -> Itera
     ranks = Ranks(launch.rank, launch.size, launch.local)
     try:
         with _contact(f"at the start, of which there are to be {launch.size}"):
+            limit = timedelta(seconds=timeout)
+            store, _, _ = next(rendezvous(launch.meeting, launch.rank, launch.size, timeout=limit))
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                init_method=launch.meeting,
+                store=cleared(store, launch, timeout),
                 rank=launch.rank,
                 world_size=launch.size,
-                timeout=timedelta(seconds=timeout),
+                timeout=limit,
             )
         yield ranks
         ranks._answer()

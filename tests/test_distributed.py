@@ -15,6 +15,7 @@ import pytest
 import torch
 from family_cases import tiny_config
 from rank_cases import CASES, EQUAL, QUICK
+from torch.distributed.rendezvous import rendezvous
 
 from fastgan import distributed, train
 from fastgan.checkpoint import checkpoints
@@ -40,19 +41,21 @@ def environment(**more: str) -> dict[str, str]:
     return {**env, "PYTHONPATH": f"{HERE.parent}:{HERE}", "OMP_NUM_THREADS": "1", **more}
 
 
+def start_one(rank: int, size: int, *command: str, **more: str) -> subprocess.Popen:
+    """A rank as torchrun starts it, all its output together."""
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
+    return subprocess.Popen(
+        [sys.executable, *command],
+        env=environment(**place, **more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 def start(size: int, *command: str) -> list[subprocess.Popen]:
-    """Ranks as torchrun starts them, their output together."""
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(size)}
-    return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **meeting),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
+    port = free_port()
+    return [start_one(rank, size, *command, MASTER_PORT=port) for rank in range(size)]
 
 
 def finish(ranks: list[subprocess.Popen]) -> list[tuple[int, str]]:
@@ -309,6 +312,29 @@ def outcome(run_dir: Path) -> dict[str, Any]:
         if path.is_file() and path.name not in TIMED:
             files[str(path.relative_to(run_dir))] = path.read_bytes()
     return files
+
+
+JOIN = """
+import os, sys, time, torch
+from fastgan.distributed import joined, launched
+time.sleep(float(sys.argv[1]))
+with joined(launched(), torch.device("cpu"), 60) as ranks:
+    print(ranks.texts(f"{sys.argv[2]}.{ranks.rank}", "in a test"), flush=True)
+    os._exit(0)  # as one that is killed: nothing is taken back
+"""
+
+
+def test_a_store_that_outlives_a_start_misleads_nobody():
+    """torchrun's agent keeps its store over restarts, with the addresses of ranks that are dead."""
+    port = free_port()
+    _agent = next(rendezvous(f"tcp://127.0.0.1:{port}", 0, 1))  # the store lives as long
+    kept = {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for late, number in (("0", "1"), ("6", "5")):  # gloo tries an address for some 4 s
+        ranks = [
+            start_one(rank, 2, "-c", JOIN, late if rank == 0 else "0", number, **kept) for rank in range(2)
+        ]
+        for code, said in finish(ranks):
+            assert code == 0 and f"{number}.0" in said and f"{number}.1" in said, said
 
 
 @pytest.mark.exhaustive
