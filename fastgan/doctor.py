@@ -25,7 +25,7 @@ from fastgan.config import make_config, resolve_device
 from fastgan.kernels.dispatch import Op, cache_file, deviation, interpreting, versions
 from fastgan.operations import calls
 
-NETWORKS = ("stylegan64", "dcgan64", "normalised")
+NETWORKS = ("stylegan64", "dcgan64", "stylegan1-64", "biggan32", "cyclegan128")
 ROUNDINGS = 64  # of the result's own type: the norm of a reference's error over the norm of the result
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fastgan.config import build_networks, make_config
 from fastgan.kernels.dispatch import Op
-from fastgan.kernels.norm_act import adain, batch_norm_act, conditional_batch_norm_act, instance_norm_act
 
 NETWORKS = {
     "smoke": ("stylegan", {"resolution": 8, "batch": 4, "channel_base": 128, "channel_max": 16}),
@@ -25,10 +24,25 @@ NETWORKS = {
     ),
     "stylegan1024": (
         "stylegan",
-        {"resolution": 1024, "batch": 1, "mbstd_group": 1, "channel_base": 32768, "mapping_layers": 8},
+        {
+            "resolution": 1024,
+            "batch": 1,
+            "mbstd_group": 1,
+            "pl_batch_shrink": 1,
+            "channel_base": 32768,
+            "mapping_layers": 8,
+        },
     ),
     "dcgan64": ("dcgan", {"resolution": 64, "batch": 64, "ngf": 64, "ndf": 64}),
-    "normalised": ("", {}),  # norm_act as BigGAN, CycleGAN and StyleGAN1 will call it
+    "stylegan1-64": (
+        "stylegan1",
+        {"resolution": 64, "batch": 8, "channel_base": 16384, "channel_max": 512, "mapping_layers": 8},
+    ),
+    "biggan32": ("biggan", {"resolution": 32, "batch": 32, "ngf": 64, "ndf": 64}),
+    "cyclegan128": (
+        "cyclegan",
+        {"resolution": 128, "batch": 1, "ngf": 64, "ndf": 64, "blocks": 9, "layers": 3},
+    ),
 }
 
 
@@ -72,33 +86,16 @@ def _random(like: Tensor, device: torch.device, dtype: torch.dtype | None) -> Te
 
 def _run(network: str) -> None:
     arch, options = NETWORKS[network]
-    if network == "normalised":
-        _normalise()
-        return
     config = make_config(arch, **options)
     G, D = build_networks(config)
     for p in [*G.parameters(), *D.parameters()]:
         if p.ndim == 4:
             p.data = p.data.contiguous(memory_format=torch.channels_last)
     c = torch.empty(config.batch, config.c_dim) if config.cond else None
+    if getattr(G, "translates", False):
+        c = torch.empty(config.batch, 2 * config.channels, config.resolution, config.resolution)
     images, _ = G.sample(torch.empty(config.batch, G.normals), torch.empty(config.batch, G.uniforms), c)
     D(images, c)
-
-
-def _normalise() -> None:
-    def image(n: int, c: int, side: int) -> Tensor:
-        x = torch.empty(n, c, side, side).contiguous(memory_format=torch.channels_last)
-        return x.requires_grad_()
-
-    def vector(*shape: int) -> Tensor:
-        return torch.empty(shape).requires_grad_()
-
-    running = torch.empty(256), torch.empty(256)
-    x = image(32, 256, 32)
-    conditional_batch_norm_act(x, vector(32, 256), vector(32, 256), *running, act="relu", upsample=2)
-    batch_norm_act(x, vector(256), vector(256), *running, act="relu")
-    instance_norm_act(image(1, 256, 64), act="relu")
-    adain(image(8, 512, 32), vector(8, 512), vector(8, 512))
 
 
 def calls(network: str) -> Iterator[Call]:

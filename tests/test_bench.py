@@ -3,6 +3,7 @@
 import copy
 import json
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,15 @@ import torch
 from family_cases import exact_calls
 
 from bench import compare, plain, settings
+from fastgan import doctor
 from fastgan.config import build_networks, make_config, resolve_device
+from fastgan.kernels.dispatch import Op
 from fastgan.kernels.modulated_conv2d import modulated_conv2d
 from fastgan.kernels.upfirdn2d import setup_filter, upfirdn2d
 from fastgan.limit import random_images
+from fastgan.operations import NETWORKS, calls
+
+ROOT = Path(__file__).parents[1]
 
 
 def results(path: Path, **medians: tuple[float, float]) -> str:
@@ -125,6 +131,20 @@ def test_plain_filters_are_used_while_open():
     assert operators() == ("fastgan::correlate",)
     with plain.plainly("stylegan"):
         assert operators() == ()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_operations_are_found_on_the_meta_device(network: str):
+    """Those of networks too large for this machine included: only a GPU's benchmarks and tests use them."""
+    found = list(calls(network))
+    assert len(found) > 1
+    assert {a.device.type for call in found for a in call.args if isinstance(a, torch.Tensor)} == {"meta"}
+
+
+def test_every_operation_is_called_by_a_network_that_doctor_asks():
+    modules = [import_module(f"fastgan.kernels.{file.stem}") for file in (ROOT / "kernels").glob("*.py")]
+    operations = {op.name for module in modules for op in vars(module).values() if isinstance(op, Op)}
+    assert {op.name for op, _ in doctor.classes()} == operations
 
 
 @pytest.mark.parametrize("arch", ["r3gan", "cyclegan"])
