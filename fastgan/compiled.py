@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from fastgan import losses
+
 # A phase that runs at every step is compiled at once. A rare one runs eagerly until it has run this often, by
 # when compiling it would have paid for itself (README, "Compile time"). Which runs are compiled is a function
 # of the images seen alone, so that resuming stays exact.
@@ -28,6 +30,8 @@ EAGER_RUNS_OF_A_RARE_PHASE = 3000
 def compile_phase(phase: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """`phase` as a single graph; an error says what keeps it from being one."""
     torch._dynamo.config.trace_autograd_ops = True
+    if not losses.TRACES_LEAVES:
+        losses.zero = torch.zeros((), device=device, requires_grad=True)
     torch._dynamo.config.recompile_limit = 64  # of one function: every phase and stage of a family is its own
     # On a CPU one C++ file for the whole graph: starting a compiler for each kernel took 1.4 times as long.
     options: dict[str, Any] = {"cpp_wrapper": True} if device.type == "cpu" else {}

@@ -10,6 +10,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.torch_version import TorchVersion
+
+# Of torch 2.11 Dynamo traces no requires_grad_(): what is to be differentiated by must come from an input of
+# the graph that requires a gradient, as this zero, on the device of the phases that are compiled.
+TRACES_LEAVES = TorchVersion(torch.__version__) >= (2, 12)
+zero = torch.zeros((), requires_grad=True)
 
 
 def logistic_d(real: Tensor, fake: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -144,6 +150,13 @@ def gradient_square(logits: Tensor, x: Tensor) -> Tensor:
     return square_norm(grad)
 
 
+def leaf(x: Tensor) -> Tensor:
+    """x without its past, to be differentiated by, also while a phase is traced."""
+    if TRACES_LEAVES or not torch.compiler.is_compiling():
+        return x.detach().requires_grad_()
+    return x.detach() + zero  # nobody asks for the gradient by `zero`, so none is computed
+
+
 def square_norm(x: Tensor) -> Tensor:
     """mean_n ||x_n||^2 of x [N, ...]."""
     return _precise(x).square().flatten(1).sum(dim=1).mean()
@@ -159,7 +172,7 @@ def homogeneous_logits(critic: Callable[[Tensor, Tensor], Tensor], x: Tensor) ->
     gradient and by the weight) where the forward pass's own backward makes it 6. The logits' values are the
     forward pass's. x [N, ...] is taken as a constant.
     """
-    x, scale = x.detach().requires_grad_(), x.new_ones(len(x), 1).requires_grad_()
+    x, scale = leaf(x), leaf(x.new_ones(len(x), 1))
     logits = critic(x, scale)
     dx, dscale = torch.autograd.grad(logits.sum(), (x, scale), create_graph=True)
     euler = (dx * x.detach()).flatten(1).sum(dim=1, keepdim=True) + dscale
@@ -171,7 +184,7 @@ def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Ten
 
     real and fake [N, ...]; alpha uniform in [0, 1], broadcastable to them, one number a sample.
     """
-    x = (alpha * real + (1 - alpha) * fake).detach().requires_grad_()
+    x = leaf(alpha * real + (1 - alpha) * fake)
     (grad,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
     return (_precise(grad).flatten(1).norm(dim=1) - 1).square().mean()
 

@@ -27,6 +27,7 @@ from fastgan.losses import (
     gradient_penalty,
     gradient_square,
     homogeneous_logits,
+    leaf,
     orthogonal,
     path_length,
     square_norm,
@@ -145,7 +146,7 @@ def g_path_phase(
     """
     losses, total = _g_loss(G, D, real, c, latents, strength, objective)
     # Where a family's ws are its z, they are what the images are differentiated by.
-    images, ws = _sample(G, pl_latents._replace(normal=pl_latents.normal.detach().requires_grad_()))
+    images, ws = _sample(G, pl_latents._replace(normal=leaf(pl_latents.normal)))
     losses["path_length"], pl_mean, _ = path_length(
         images, ws, pl_noise, pl_mean, objective.pl_decay, objective.batch_mean
     )
@@ -199,7 +200,7 @@ def _penalized(
     if weight > 0 and augment is None and getattr(D, "homogeneous", False):
         logits, gradient = homogeneous_logits(lambda x, scale: D(x, c, scale), images)
         return logits, square_norm(gradient)
-    images = images.detach().requires_grad_(weight > 0)
+    images = leaf(images) if weight > 0 else images.detach()
     logits = D(_augmented(images, augment, strength), c)
     return logits, gradient_square(logits, images) if weight > 0 else None
 

@@ -21,6 +21,7 @@ from fastgan.config import Config, UsageError
 from fastgan.distributed import ALONE, Lost, Ranks, joined, launched
 from fastgan.engine import Engine
 from fastgan.layers import normalize, synchronize_batch_norms
+from fastgan.losses import leaf
 
 TIMEOUT = 100.0
 SYNCED = {"sync_batchnorm": True, "dropout": 0.0, "instance_noise": 0.0}
@@ -172,7 +173,7 @@ def second_order(ranks: Ranks, compile: bool = False) -> float:
     """d/dw of |d/dx sum BN(w x)^3|^2 through synchronised statistics, against the whole batch in one."""
 
     def penalty(x: Tensor, norm: torch.nn.Module, w: Tensor) -> Tensor:
-        x = x.detach().requires_grad_()
+        x = leaf(x)
         y = normalize(x * w, norm)
         (grad,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
         loss = grad.square().flatten(1).sum(1).mean()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastgan.augment import ADA, DiffAugment, adapt, make_augment
+from fastgan.losses import leaf
 
 ONE = torch.tensor(1.0, dtype=torch.float64)
 # Columns of ADA's uniform numbers for RGB: whether a transformation takes place, then what it takes.
@@ -222,7 +223,7 @@ def test_domains_share_their_numbers(name: str):
 
 def r1(augment: DiffAugment | ADA, images: Tensor, u: Tensor, z: Tensor, p: Tensor, weight: Tensor):
     """A penalty's gradient for a critic's weight and for the images, through two gradients."""
-    images, weight = images.detach().requires_grad_(), weight.detach().requires_grad_()
+    images, weight = leaf(images), leaf(weight)
     score = (augment(images, u, z, p) * weight).tanh().sum()
     (grad,) = torch.autograd.grad(score, images, create_graph=True)
     return torch.autograd.grad(score + grad.square().sum(), [images, weight])

@@ -124,7 +124,7 @@ def test_plain_filters_are_used_while_open():
     f = setup_filter((1, 3, 3, 1))
 
     def operators() -> tuple[str, ...]:
-        with torch.profiler.profile() as seen:
+        with torch.profiler.profile(acc_events=True) as seen:
             modulated_conv2d(x, w, styles, up=2, padding=1, resample_filter=f)
         return tuple(e.name for e in seen.events() or () if e.name.startswith("fastgan"))
 

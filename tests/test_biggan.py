@@ -11,7 +11,7 @@ from golden_cases import Case, golden
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastgan.losses import orthogonal
+from fastgan.losses import leaf, orthogonal
 from fastgan.models import biggan, sagan
 from fastgan.public import biggan_discriminator, biggan_generator
 from fastgan.spectral import (
@@ -397,7 +397,7 @@ def test_orthogonal_regularization():
 def discriminator_phase(G, D, z, c, real, real_c):
     """Hinge loss and R1, with a pass of D on fakes and one on reals."""
     fake = G(z, c).detach()
-    real = real.detach().requires_grad_()
+    real = leaf(real)
     logits = D(real, real_c)
     (grad,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
     loss = F.relu(1 - logits).mean() + F.relu(1 + D(fake, c)).mean() + grad.square().sum()

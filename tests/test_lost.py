@@ -303,7 +303,7 @@ def test_collapse_is_warned_of(tmp_path: Path, monkeypatch, capsys: pytest.Captu
 def test_memory_of_a_cpu_that_runs_out(tmp_path: Path):
     options = "--arch dcgan --resolution 16 --batch 131072 --precision fp32 --device cpu --kimg 4"
     command = [sys.executable, "-m", "fastgan.train", *options.split(), "--run-dir", str(tmp_path / "run")]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # noqa: E731
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))  # noqa: E731
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("fastgan: out of memory on cpu at ")

@@ -17,7 +17,7 @@ from fastgan import public
 from fastgan.kernels.dispatch import deviation, disagreement
 from fastgan.kernels.grouped_conv2d import grouped_conv2d, grouped_conv2d_ref
 from fastgan.limit import products
-from fastgan.losses import gradient_square, homogeneous_logits, relativistic
+from fastgan.losses import gradient_square, homogeneous_logits, leaf, relativistic
 from fastgan.models import r3gan
 
 
@@ -257,7 +257,7 @@ def d_gradients(G: r3gan.Generator, D: r3gan.Discriminator, real: Tensor, z: Ten
     """R3GAN's D phase: relativistic pairing loss, R1 and R2 with both halves of one batch."""
     with torch.no_grad():
         fake = G(z, c)
-    x = torch.cat([real, fake]).requires_grad_()
+    x = leaf(torch.cat([real, fake]))
     logits = D(x, None if c is None else torch.cat([c, c]))
     real_logits, fake_logits = logits.chunk(2)
     total = relativistic(real_logits, fake_logits) + 0.25 * 2 * gradient_square(logits, x)

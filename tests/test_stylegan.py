@@ -5,6 +5,7 @@ import torch
 from golden_cases import Case, golden
 from torch import Tensor, nn
 
+from fastgan.losses import leaf
 from fastgan.models import stylegan
 from fastgan.public import rosinality_discriminator, rosinality_generator
 
@@ -82,7 +83,7 @@ def test_a_discriminator_is_its_head_behind_its_features(architecture: str):
 
 
 def gradients(net: nn.Module, images: Tensor, c: Tensor) -> list[Tensor]:
-    images = images.detach().requires_grad_()
+    images = leaf(images)
     logits = net(images, c)
     (grad,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return [

@@ -8,7 +8,7 @@ from golden_cases import Case, golden
 from torch import Tensor, nn
 
 from fastgan import equalized
-from fastgan.losses import gradient_square
+from fastgan.losses import gradient_square, leaf
 from fastgan.models import stylegan, stylegan1
 
 
@@ -134,7 +134,7 @@ def test_what_cannot_be_built_says_why():
 
 
 def r1_gradients(G: nn.Module, D: nn.Module, normal: Tensor, uniform: Tensor, real: Tensor) -> list[Tensor]:
-    real = real.detach().requires_grad_()
+    real = leaf(real)
     logits = D(real)
     loss = gradient_square(logits, real) + nn.functional.softplus(-logits).mean()
     return [g.detach() for g in torch.autograd.grad(loss, list(D.parameters()))]
