@@ -355,7 +355,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "progan": {
         "batch": 16,
-        "kimg": 100.0,
+        "kimg": 160.0,
         "loss": "wasserstein",
         "gradient_penalty": 10.0,
         "drift": 0.001,
@@ -366,6 +366,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "stable_kimg": 10.0,
         "g_lr": 0.003,
         "d_lr": 0.003,
+        "lr_decay": 0.5,
         "ema_kimg": 2.0,
     },
     "sagan": {
