@@ -1,6 +1,9 @@
 """What every family must do: step, learn, resume, and compile to the gradients that it has."""
 
+import ast
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +12,9 @@ from family_cases import CPU, exact_calls, tiny_config
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from fastgan import generate, models, train
 from fastgan.compiled import compile_phase
-from fastgan.config import PRESETS
+from fastgan.config import PRESETS, UsageError, make_config
 from fastgan.engine import Engine
 from fastgan.limit import random_step
 
@@ -120,3 +124,22 @@ def test_an_update_is_adams_whatever_the_gradients_layout():
     engine._update(engine.D, engine.d_optimizer, [result])
     for mine, theirs in zip(engine.D.parameters(), expected, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_the_readmes_family_is_one_file_and_one_preset(tmp_path, monkeypatch):
+    """Its module and its preset, as printed there, train, resume and generate."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    section = readme.partition("### A family of your own")[2]
+    code, preset = re.findall(r"```python\n(.*?)```|`\"mine\": (\{.*?\})`", section, re.DOTALL)[:2]
+    (tmp_path / "mine.py").write_text(code[0])
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
+    monkeypatch.setitem(PRESETS, "mine", ast.literal_eval(preset[1]))
+    run = ["--run-dir", str(tmp_path / "run")]
+    for kimg in ("0.1", "0.2"):
+        assert train.main(["--arch", "mine", "--ngf", "16", "--device", "cpu", "--kimg", kimg, *run]) == 0
+    assert (
+        generate.main(["--run", str(tmp_path / "run"), "--count", "2", "--out", str(tmp_path / "out")]) == 0
+    )
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+    with pytest.raises(UsageError, match="body"):
+        make_config("mine", body="dcgan")
