@@ -162,7 +162,7 @@ class Config:
             if field.type is int and not 0 <= value <= most:
                 raise UsageError(f"{flag(field.name)} must lie between 0 and {most}: got {value}")
         counts = ("resolution", "batch", "accumulate", "d_steps", "g_steps", "r1_every", "pl_every")
-        for name in (*counts, "pl_batch_shrink", "keep", "z_dim"):
+        for name in (*counts, "pl_batch_shrink", "keep", "z_dim", "ngf", "ndf"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{flag(name)} must be at least 1: got {getattr(self, name)}")
         for name in ("kimg", "g_lr", "d_lr", "ema_kimg", "tick_kimg", "checkpoint_kimg"):

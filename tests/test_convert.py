@@ -235,6 +235,9 @@ def test_what_fastgan_has_not_is_refused_by_name(tmp_path: Path, capsys, monkeyp
     torch.save(state, tmp_path / "biggan.pth")
     said = refused(tmp_path / "biggan.pth", capsys)
     assert "names of a biggan generator" in said and "linear.parametrizations.weight" in said
+    state["output_layer.0.gain"] = torch.ones([])
+    torch.save(state, tmp_path / "biggan.pth")
+    assert "--ngf must be at least 1: got 0" in refused(tmp_path / "biggan.pth", capsys)
 
 
 # DCGAN of other builds

@@ -226,6 +226,7 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], *words: str) -> None:
         ("--arch stylegan --batch none", ["--batch", "none"]),
         ("--arch stylegan --crop round", ["--crop", "round", "center"]),
         ("--arch stylegan --kimg 0", ["--kimg", "0"]),
+        ("--arch dcgan --ngf 0", ["--ngf", "0"]),
         ("--arch stylegan --device tpu", ["--device", "tpu"]),
         ("--arch stylegan --frobnicate 1", ["--frobnicate"]),
     ],
