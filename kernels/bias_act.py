@@ -547,7 +547,8 @@ def bias_act_ref(
     if gain != 1:
         x = x * gain
     if clamp is not None:
-        x = x.clamp(-clamp, clamp)
+        # The boundary lets the gradient through, as it did in x.clamp() before torch 2.14.
+        x = torch.where(x.abs() <= clamp, x, x.detach().clamp(-clamp, clamp))
     return x
 
 
