@@ -14,7 +14,7 @@ from torch.torch_version import TorchVersion
 
 # Of torch 2.11 Dynamo traces no requires_grad_(): what is to be differentiated by must come from an input of
 # the graph that requires a gradient, as this zero, on the device of the phases that are compiled.
-TRACES_LEAVES = TorchVersion(torch.__version__) >= (2, 12)
+TRACES_LEAVES = TorchVersion(torch.__version__) >= "2.12"
 zero = torch.zeros((), requires_grad=True)
 
 
