@@ -301,7 +301,7 @@ def test_collapse_is_warned_of(tmp_path: Path, monkeypatch, capsys: pytest.Captu
 
 
 def test_memory_of_a_cpu_that_runs_out(tmp_path: Path):
-    options = "--arch dcgan --resolution 16 --batch 131072 --precision fp32 --device cpu --kimg 4"
+    options = "--arch dcgan --resolution 16 --batch 1048576 --precision fp32 --device cpu --kimg 4"
     command = [sys.executable, "-m", "fastgan.train", *options.split(), "--run-dir", str(tmp_path / "run")]
     limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))  # noqa: E731
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
@@ -309,7 +309,7 @@ def test_memory_of_a_cpu_that_runs_out(tmp_path: Path):
     assert done.stderr.startswith("fastgan: out of memory on cpu at ")
     assert done.stderr.count("\n") == 1
     batch = int(done.stderr.split("use --batch ")[1].split(",")[0])
-    assert 0 < batch < 131072
+    assert 0 < batch < 1048576
 
 
 def test_bisection():
