@@ -113,7 +113,7 @@ def costliest(calls: list[PhaseCall], device: torch.device) -> list[tuple[str, f
     cuda = device.type == "cuda"
     total: defaultdict[str, float] = defaultdict(float)
     for call in calls:
-        with torch.profiler.profile(activities=_activities(device)) as profiler:
+        with torch.profiler.profile(activities=_activities(device), acc_events=True) as profiler:
             call()
             synchronize(device)
         for event in profiler.key_averages():
@@ -213,7 +213,7 @@ def _print(figures: dict[str, Any]) -> None:
 def write_trace(engine: Engine, batch: Batch, path: Path) -> None:
     """A step with both penalties, for chrome://tracing or ui.perfetto.dev."""
     engine.images = 0
-    with torch.profiler.profile(activities=_activities(engine.device)) as profiler:
+    with torch.profiler.profile(activities=_activities(engine.device), acc_events=True) as profiler:
         engine.step(*batch)
         synchronize(engine.device)
     profiler.export_chrome_trace(str(path))
