@@ -29,8 +29,8 @@ def largest(found: list[Call]) -> list[Call]:
 
 
 def cases() -> Iterator:
-    """On a CPU, where Inductor starts a compiler for each, only an operation's largest call in a network, and
-    what is compiled is the backward pass too."""
+    """On a CPU, where Inductor starts a compiler for each, only an operation's largest call in a network;
+    compiled, if it has a backward pass, only together with that."""
     for network in NETWORKS_HERE:
         small = network.startswith("smoke")
         found = list(calls(network))

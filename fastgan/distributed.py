@@ -328,7 +328,7 @@ def fingerprint(tensor: Tensor) -> str:
     return hashlib.blake2b(bits.data, digest_size=8).hexdigest()
 
 
-def cleared(store: Store, launch: Launch, timeout: float) -> Store:
+def fresh_part(store: Store, launch: Launch, timeout: float) -> Store:
     """A part of `store` that holds nothing of earlier starts.
 
     torchrun's agent keeps one store over its restarts, and in it the addresses of ranks that are dead
@@ -367,7 +367,7 @@ def joined(launch: Launch | None, device: torch.device, timeout: float) -> Itera
             store, _, _ = next(rendezvous(launch.meeting, launch.rank, launch.size, timeout=limit))
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                store=cleared(store, launch, timeout),
+                store=fresh_part(store, launch, timeout),
                 rank=launch.rank,
                 world_size=launch.size,
                 timeout=limit,

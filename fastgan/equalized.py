@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastgan.kernels.bias_act import bias_act
 from fastgan.kernels.conv2d_resample import conv2d_resample
 from fastgan.kernels.minibatch_stddev import minibatch_stddev
-from fastgan.kernels.norm_act import pixel_norm
+from fastgan.kernels.pixel_norm import pixel_norm
 from fastgan.kernels.upfirdn2d import setup_filter
 
 BLUR = (1, 3, 3, 1)

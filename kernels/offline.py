@@ -39,6 +39,7 @@ OPS = (
     "upfirdn2d",
     "minibatch_stddev",
     "norm_act",
+    "pixel_norm",
     "modulated_conv2d",
     "conv2d_resample",
     "conv_transpose_bn_act",

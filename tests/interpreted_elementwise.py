@@ -14,13 +14,8 @@ from fastgan.kernels import bias_act as bias_act_kernels
 from fastgan.kernels.bias_act import ACTIVATIONS, BIAS_ACT, _launch, bias_act
 from fastgan.kernels.dispatch import disagreement
 from fastgan.kernels.minibatch_stddev import minibatch_stddev
-from fastgan.kernels.norm_act import (
-    adain,
-    batch_norm_act,
-    conditional_batch_norm_act,
-    instance_norm_act,
-    pixel_norm,
-)
+from fastgan.kernels.norm_act import adain, batch_norm_act, conditional_batch_norm_act, instance_norm_act
+from fastgan.kernels.pixel_norm import pixel_norm
 from fastgan.kernels.upfirdn2d import UPFIRDN2D, downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
 IMPLS = pytest.mark.parametrize("impl", ["triton", "reference"])

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastgan.kernels.bias_act import ACTIVATIONS, BIAS_ACT
 from fastgan.kernels.minibatch_stddev import MINIBATCH_STDDEV
-from fastgan.kernels.norm_act import NORM_ACT, PIXEL_NORM
+from fastgan.kernels.norm_act import NORM_ACT
+from fastgan.kernels.pixel_norm import PIXEL_NORM
 from fastgan.kernels.upfirdn2d import UPFIRDN2D
 
 LAYOUTS = ("nchw", "nhwc", "strided")

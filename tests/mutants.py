@@ -92,7 +92,7 @@ MUTANTS = {
         "return x + 2 * load(p + o + below, m)",
         "agree_to_second",
     ),
-    "pixel norm's second order": Mutant("norm_act", "(d - 3 * k * a * b)", "(d - k * a * b)", "pixel_norm"),
+    "pixel norm's second order": Mutant("pixel_norm", "(d - 3 * k * a * b)", "(d - k * a * b)", "pixel_norm"),
     "groups of consecutive samples": Mutant(
         "minibatch_stddev", "p + (i * n_groups + i_group)", "p + (i_group * group + i)", "golden_minibatch"
     ),

@@ -12,7 +12,7 @@ from fastgan.kernels import dispatch
 from fastgan.kernels.bias_act import BIAS_ACT, bias_act
 from fastgan.kernels.conv2d_resample import CONV2D_RESAMPLE
 from fastgan.kernels.minibatch_stddev import MINIBATCH_STDDEV
-from fastgan.kernels.norm_act import PIXEL_NORM
+from fastgan.kernels.pixel_norm import PIXEL_NORM
 
 CPU = torch.device("cpu")
 

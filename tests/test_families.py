@@ -134,12 +134,11 @@ def test_the_readmes_family_is_one_file_and_one_preset(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(code[0])
     monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
     monkeypatch.setitem(PRESETS, "mine", ast.literal_eval(preset[1]))
-    run = ["--run-dir", str(tmp_path / "run")]
+    run, out = str(tmp_path / "run"), tmp_path / "out"
     for kimg in ("0.1", "0.2"):
-        assert train.main(["--arch", "mine", "--ngf", "16", "--device", "cpu", "--kimg", kimg, *run]) == 0
-    assert (
-        generate.main(["--run", str(tmp_path / "run"), "--count", "2", "--out", str(tmp_path / "out")]) == 0
-    )
-    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+        options = ["--ngf", "16", "--device", "cpu", "--kimg", kimg, "--run-dir", run]
+        assert train.main(["--arch", "mine", *options]) == 0
+    assert generate.main(["--run", run, "--count", "2", "--out", str(out)]) == 0
+    assert len(list(out.glob("*.png"))) == 2
     with pytest.raises(UsageError, match="body"):
         make_config("mine", body="dcgan")

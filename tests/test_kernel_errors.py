@@ -11,7 +11,8 @@ from fastgan.kernels.conv2d_resample import conv2d_resample
 from fastgan.kernels.conv_transpose_bn_act import conv2d_bn_act, conv_transpose2d_bn_act
 from fastgan.kernels.minibatch_stddev import minibatch_stddev
 from fastgan.kernels.modulated_conv2d import modulated_conv2d
-from fastgan.kernels.norm_act import adain, batch_norm_act, conditional_batch_norm_act, pixel_norm
+from fastgan.kernels.norm_act import adain, batch_norm_act, conditional_batch_norm_act
+from fastgan.kernels.pixel_norm import pixel_norm
 from fastgan.kernels.upfirdn2d import upfirdn2d
 
 X, W, WT = torch.ones(2, 3, 4, 4), torch.ones(5, 3, 3, 3), torch.ones(3, 5, 4, 4)

@@ -6,7 +6,7 @@ from golden_cases import Case, golden
 from torch import nn
 
 from fastgan import equalized
-from fastgan.kernels.norm_act import pixel_norm
+from fastgan.kernels.pixel_norm import pixel_norm
 from fastgan.models import dcgan, stylegan
 
 

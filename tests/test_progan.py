@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastgan import equalized
 from fastgan.kernels.minibatch_stddev import minibatch_stddev
-from fastgan.kernels.norm_act import pixel_norm
+from fastgan.kernels.pixel_norm import pixel_norm
 from fastgan.losses import gradient_penalty
 from fastgan.models import progan
 from fastgan.public import _zoo_layer, progan_discriminator, progan_generator

@@ -87,7 +87,7 @@ def members(archive: zipfile.ZipFile, data: str) -> dict[str, zipfile.ZipInfo]:
 def member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
     """The file, open: of `read(n)`, no more than n bytes come to be in memory."""
     if info.compress_type not in BOUNDED:
-        raise NotImplementedError("packed with a method other than deflate")
+        raise zipfile.BadZipFile("packed with a method other than deflate")
     return archive.open(info)
 
 

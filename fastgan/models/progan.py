@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan.equalized import BOX, Conv2d, DiscriminatorEpilogue, FullyConnected, channels_up_to
-from fastgan.kernels.norm_act import pixel_norm
+from fastgan.kernels.pixel_norm import pixel_norm
 
 
 def schedule(images: int, fade_kimg: float, stable_kimg: float, stages: int) -> float:
