@@ -11,7 +11,7 @@ from fastgan.data.archive import zip_source
 from fastgan.data.decode import Fit
 from fastgan.data.digits import load_digits
 from fastgan.data.feed import Feed, PairFeed
-from fastgan.data.folder import folder_source
+from fastgan.data.folder import folder_source, walk
 from fastgan.data.hub import hub_source
 from fastgan.data.images import ImageSet
 from fastgan.data.source import BAD, Source, digest, file_state
@@ -135,9 +135,10 @@ def prepared_source(data: str) -> Source | None:
 
 
 def holds_parquet(data: str) -> bool:
-    """Whether the folder `data` has parquet files in it."""
+    """Whether the folder `data` has a table in it, at whatever depth; an imagefolder's metadata is none."""
     try:
-        return any(name.lower().endswith(".parquet") for name in os.listdir(data))
+        found = (path.lower() for path in walk(data))
+        return any(path.endswith(".parquet") and not path.endswith("metadata.parquet") for path in found)
     except OSError:  # `folder_source` says so
         return False
 

@@ -44,12 +44,8 @@ def zip_source(data: str) -> Source:
     def image(i: int) -> io.BytesIO:
         if matched:
             matched.check(i)
-        info = found[names[i]]
-        if info.file_size > LARGEST_IMAGE:
-            size = f"{info.file_size >> 20} MiB, more than {LARGEST_IMAGE >> 20}"
-            raise Unfit(TOO_LARGE, f"{where(i)} unpacks to {size}; remove it or use --skip-bad")
-        with one_at_a_time, member(archive, info) as file:
-            return io.BytesIO(file.read(info.file_size + 1))
+        with one_at_a_time:
+            return extracted(archive, found[names[i]], where(i))
 
     def where(i: int) -> str:
         return plain(f"{data}/{root}{names[i]}")
@@ -89,6 +85,15 @@ def member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
     if info.compress_type not in BOUNDED:
         raise zipfile.BadZipFile("packed with a method other than deflate")
     return archive.open(info)
+
+
+def extracted(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> io.BytesIO:
+    """A picture. Raises Unfit for one that claims to be very large."""
+    if info.file_size > LARGEST_IMAGE:
+        size = f"{info.file_size >> 20} MiB, more than {LARGEST_IMAGE >> 20}"
+        raise Unfit(TOO_LARGE, f"{where} unpacks to {size}; remove it or use --skip-bad")
+    with member(archive, info) as file:
+        return io.BytesIO(file.read(info.file_size + 1))
 
 
 def unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, data: str) -> bytes:
