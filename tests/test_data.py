@@ -130,7 +130,7 @@ def test_labels_that_do_not_match(data: Path):
         ([[NAMES[0], 0.5]], 'must list ["image.png", class number]: got'),
         ([[NAMES[0], True]], "must list"),
         ([[NAMES[0]]], "must list"),
-        ([[NAMES[0], [0, 1]]], "must list"),
+        ([[NAMES[0], [0, 1]]], "[0, 1]]; mend it, or remove it to train without it"),
         ([["x" * 500, None]], "..."),
         ({NAMES[0]: 0}, 'must hold {"labels": [["image.png", 0], ...]}'),
         ([[n, -2] for n in NAMES], "holds the label -2; labels count from 0"),
@@ -433,12 +433,12 @@ def test_a_bomb_of_which_pillow_only_warns_is_refused(data: Path, monkeypatch: p
 
 def test_training_takes_them_all(data: Path, capsys: pytest.CaptureFixture[str]):
     put(noise(8), data / "a.png")
-    pack({"a/0.png": noise(8), "b/0.png": noise(8), "b/1.png": b""})
+    pack({"a/0.png": noise(8), "b/0.png": noise(8), "b/1.png": b"", "b/1.txt": b""})
     save("a.npz", x=batch(4, 8, 8, 3), y=np.array([0, 2, 0, 2]), z=batch(4, 8, 8, 3))
     small = "--resolution 8 --batch 2 --kimg 0.004 --z-dim 4 --ngf 4 --ndf 4 --device cpu"
     runs = {
         "--arch dcgan --data data": "1 images of data",
-        "--arch cgan --data data.zip --skip-bad": "2 images of data.zip, 1 files left out",
+        "--arch cgan --data data.zip --skip-bad": "2 images of data.zip, 1 files left out, 1 other files or ",
         "--arch cgan --data a.npz --image-key x": "4 images of a.npz, no images of 1 class (1)",
     }
     for i, (options, said) in enumerate(runs.items()):

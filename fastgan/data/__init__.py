@@ -90,7 +90,8 @@ def images_for(config: Config, name: str) -> ImageSet:
 
 def image_set(rows, labels, source: Source, filter: str, skipped: tuple[str, ...] = ()) -> ImageSet:
     """An ImageSet of rows [N, H, W, C]."""
-    return ImageSet(rows.permute(0, 3, 1, 2), labels, source.classes, source.name, skipped, filter)
+    images = rows.permute(0, 3, 1, 2)
+    return ImageSet(images, labels, source.classes, source.name, skipped, filter, source.others)
 
 
 def is_ready(source: Source, fit: Fit) -> bool:

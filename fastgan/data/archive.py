@@ -5,6 +5,7 @@ import os
 import posixpath
 import threading
 import zipfile
+from collections.abc import Iterable
 from typing import IO
 
 from fastgan.config import UsageError
@@ -29,6 +30,8 @@ def zip_source(data: str) -> Source:
     if not found:
         raise UsageError(f"no images in {data}; --data takes {TAKES}")
     root = common_root([*found, *(name for name in entries if os.path.basename(name) == labels.FILE)])
+    others = [name for name in entries if name not in found and name != root + labels.FILE]
+    others += [name for name in empty_folders(archive, entries) if visible(name)]
     found = {name.removeprefix(root): info for name, info in found.items()}
     names, matched, by_name = sorted(found), None, None
     if listing := entries.get(root + labels.FILE):
@@ -51,7 +54,8 @@ def zip_source(data: str) -> Source:
         return plain(f"{data}/{root}{names[i]}")
 
     key = digest([os.path.basename(data), file_state(data)])
-    return Source(data, len(names), image, where, key, numbers, classes)
+    beside = tuple(plain(f"{data}/{name}") for name in sorted(others))
+    return Source(data, len(names), image, where, key, numbers, classes, others=beside)
 
 
 def open_zip(data: str) -> zipfile.ZipFile:
@@ -78,6 +82,15 @@ def members(archive: zipfile.ZipFile, data: str) -> dict[str, zipfile.ZipInfo]:
             raise UsageError(f"{data} holds {shortened(name)} twice; pack it anew")
         files[name] = info
     return files
+
+
+def empty_folders(archive: zipfile.ZipFile, files: Iterable[str]) -> list[str]:
+    """The folders of an archive that none of its files lies in."""
+    filled = {""}
+    for name in files:
+        while (name := posixpath.dirname(name)) not in filled:
+            filled.add(name)
+    return [name for name in archive.namelist() if name.endswith("/") and name.rstrip("/") not in filled]
 
 
 def member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
