@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from shutil import disk_usage
 
 from fastgan import cli
@@ -12,7 +13,7 @@ from fastgan.data import load_images, open_source
 from fastgan.data.arrays import rows_source
 from fastgan.data.decode import FILTERS, MODES, Fit, part
 from fastgan.data.images import empty_classes
-from fastgan.data.source import NOT_SQUARE, REASONS, TOO_SMALL, Source, Unfit, digest
+from fastgan.data.source import NOT_SQUARE, REASONS, TOO_SMALL, Source, Unfit, digest, plain
 from fastgan.data.stored import Layout, Stored, partial_of, read, write_resumably
 from fastgan.train import duration, enumerated
 
@@ -85,6 +86,8 @@ def _main(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped{goes_on(out)}", file=sys.stderr)
         return 130
+    except UsageError as error:
+        raise UsageError(str(error).replace("use --skip-bad", "leave out --strict")) from error
     stored = read(out)
     if len(stored.rows) == 0:
         out.unlink()
@@ -110,7 +113,8 @@ def first_side(source: Source, fit: Fit) -> int:
             return part(source, i, fit).width
         except Unfit as unfit:
             problem = unfit
-    raise UsageError(f"no image of {source.name} fits; one reason: {problem}")
+    reason = str(problem).replace(" or use --skip-bad", "")
+    raise UsageError(f"no image of {source.name} fits; one reason: {reason}")
 
 
 def check_room(out: Path, size: int) -> None:
@@ -133,19 +137,31 @@ def goes_on(out: Path) -> str:
 def report(out: Path, source: Source, stored: Stored, copies: int, seconds: float) -> list[str]:
     """The lines that are printed in the end."""
     count, side, _, channels = stored.rows.shape
-    classes = f"{len(stored.classes)} classes" if stored.classes else "no classes"
+    classes = f"{len(stored.classes) or 'no'} class{'es' * (len(stored.classes) != 1)}"
     size = out.stat().st_size / 2**20
     lines = [
         f"{out}: {count} images of {side}x{side} pixels, {MODES[channels]}, {classes}, crop {stored.crop}, "
         f"filter {stored.filter}, {size:.1f} MiB, in {duration(seconds)}",
         *left_out(source, stored),
     ]
+    if source.others:
+        first = plain(source.others[0])
+        lines.append(f"not read: {len(source.others)} (other files, empty folders), the first {first}")
     if copies:
         lines.append(f"{copies} images are copies of others; --drop-copies leaves them out")
     if empty := empty_classes(stored.labels, stored.classes):
         lines.append(f"no images of {enumerated(empty)}")
-    options = f"--data {out} --resolution {side}" + f" --channels {channels}" * (channels != 3)
-    return [*lines, f"train on it: python -m fastgan.train --arch stylegan {options}"]
+    arch, trained = suggestion(side)
+    options = f"--data {quote(str(out))} --resolution {trained}" + f" --channels {channels}" * (channels != 3)
+    return [*lines, f"train on it: python -m fastgan.train --arch {arch} {options}"]
+
+
+def suggestion(side: int) -> tuple[str, int]:
+    """A family, and the largest resolution at which it trains on images of that side."""
+    sevenths, rest = divmod(side, 7)
+    if rest == 0 and sevenths.bit_count() == 1:  # MNIST's 28
+        return "dcgan", side
+    return "stylegan", 1 << side.bit_length() - 1
 
 
 def left_out(source: Source, stored: Stored) -> list[str]:

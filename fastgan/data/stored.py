@@ -178,7 +178,11 @@ def write_resumably(
         state = resume(file, layout, digest([source.key, fit, *leave_out, drop_copies]), partial)
         for image in written(file, layout, int((state == KEPT).sum())):
             seen.add(mark(image))
-        fill(file, layout, state, source, fit, leave_out, seen, drop_copies)
+        try:
+            fill(file, layout, state, source, fit, leave_out, seen, drop_copies)
+        except UsageError:  # of a picture; once that is mended, these are other images
+            partial.unlink()
+            raise
         os.replace(partial, path)
 
 
