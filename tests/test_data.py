@@ -301,6 +301,14 @@ def test_arrays_are_chosen_by_name_where_type_does_not_tell(data: Path, ending: 
     )
 
 
+@pytest.mark.parametrize("ending", [".npz", ".safetensors"])
+def test_arrays_of_labels_that_do_not_match(data: Path, ending: str):
+    name = save(f"a{ending}", x=batch(4, 8, 8, 3), y=np.arange(3))
+    assert f"{name} holds 4 images, but 3 labels (y); mend it" in message(name, 8)
+    name = save(f"b{ending}", x=batch(4, 8, 8, 3), y=np.eye(4), seed=np.array([7]))
+    assert load_images(name, 8).labels is None
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
