@@ -34,7 +34,10 @@ def parser() -> cli.Parser:
     p.add_argument("data", metavar="SRC", help="what --data of fastgan train takes")
     p.add_argument("out", metavar="OUT", type=Path, help="the .safetensors file to write")
     p.add_argument(
-        "--resolution", type=int, help="side in pixels (default: that of the first image, once cut)"
+        "--resolution",
+        type=int,
+        help="side in pixels; smaller images are left out, not enlarged (default: that of the first image, "
+        "once cut)",
     )
     p.add_argument(
         "--channels", type=int, default=3, choices=tuple(MODES), help="gray, RGB or RGBA (default: 3)"
