@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from shutil import disk_usage
@@ -75,9 +76,11 @@ def _main(argv: Sequence[str] | None) -> int:
         raise UsageError(f"OUT {out} must end in .safetensors, by which --data knows it")
     if out.exists():
         raise UsageError(f"{out} exists; remove it or choose another name")
-    source = find(args.data, args.resolution or 16, args.channels, args.image_key, args.label_key)
-    resolution = args.resolution or first_side(source, Fit(8, args.channels, args.crop))
-    fit = Fit(resolution, args.channels, args.crop, args.filter)
+    given = args.resolution is not None
+    fit = Fit(args.resolution if given else 16, args.channels, args.crop, args.filter)
+    source = find(args.data, fit, args.image_key, args.label_key)
+    if not given:
+        fit = replace(fit, resolution=first_side(source, replace(fit, resolution=8)))
     seen: set[bytes] = set()
     began = time.perf_counter()
     try:
@@ -100,11 +103,11 @@ def _main(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def find(data: str, resolution: int, channels: int, image_key: str, label_key: str) -> Source:
-    """What `data` names; the digits, which have no size of their own, at that resolution."""
+def find(data: str, fit: Fit, image_key: str, label_key: str) -> Source:
+    """What `data` names; the digits, which have no size of their own, at the resolution of `fit`."""
     if data.split(":")[0] != "digits":
         return open_source(data, image_key, label_key)
-    digits = load_images(data, resolution, channels, image_key=image_key, label_key=label_key)
+    digits = load_images(data, fit.resolution, fit.channels, image_key=image_key, label_key=label_key)
     rows = digits.images.permute(0, 2, 3, 1)
     return rows_source(data, rows, digits.labels, digits.classes, digest([data, rows.shape]), digits.filter)
 

@@ -309,6 +309,7 @@ def test_a_disk_that_fills_up(
     ("options", "words"),
     [
         (["--resolution", "4"], "--resolution 4 is too small"),
+        (["--resolution", "0"], "--resolution 0 is too small"),
         (["--crop", "round"], "--crop round is unknown; use none, center, center:SIDE or wide"),
         (["--crop", "center:0"], "--crop center:0 is unknown"),
         (
