@@ -84,6 +84,10 @@ def test_too_small_a_resolution_is_an_error(data: Path):
     assert message("data", 4) == "--resolution 4 is too small; use 8 or more"
 
 
+def test_digits_larger_than_memory_are_an_error():
+    assert "at --resolution 1000000 takes" in message("digits", 1_000_000)
+
+
 def test_bad_arguments_are_errors():
     assert "--channels 2" in message("digits", 8, channels=2)
     assert "--filter nearest" in message("digits", 8, filter="nearest")
