@@ -43,12 +43,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(body: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
-    """The exit code of `body(argv)`."""
+    """The exit code of `body(argv)`: 2 for a UsageError, 130 for Ctrl-C."""
     try:
         return body(argv)
     except UsageError as error:
         print(f"fastgan: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nfastgan: stopped", file=sys.stderr)
+        return 130
 
 
 def duration(seconds: float) -> str:

@@ -3,7 +3,9 @@
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from shutil import disk_usage
 
 from fastgan import cli
@@ -12,7 +14,7 @@ from fastgan.data import load_images, open_source
 from fastgan.data.arrays import rows_source
 from fastgan.data.decode import FILTERS, MODES, Fit, part
 from fastgan.data.images import empty_classes
-from fastgan.data.source import NOT_SQUARE, REASONS, TOO_SMALL, Source, Unfit, digest
+from fastgan.data.source import NOT_SQUARE, REASONS, TOO_SMALL, Source, Unfit, digest, plain
 from fastgan.data.stored import Layout, Stored, partial_of, read, write_resumably
 from fastgan.train import duration, enumerated
 
@@ -33,7 +35,10 @@ def parser() -> cli.Parser:
     p.add_argument("data", metavar="SRC", help="what --data of fastgan train takes")
     p.add_argument("out", metavar="OUT", type=Path, help="the .safetensors file to write")
     p.add_argument(
-        "--resolution", type=int, help="side in pixels (default: that of the first image, once cut)"
+        "--resolution",
+        type=int,
+        help="side in pixels; smaller images are left out, not enlarged (default: that of the first image, "
+        "once cut)",
     )
     p.add_argument(
         "--channels", type=int, default=3, choices=tuple(MODES), help="gray, RGB or RGBA (default: 3)"
@@ -71,9 +76,11 @@ def _main(argv: Sequence[str] | None) -> int:
         raise UsageError(f"OUT {out} must end in .safetensors, by which --data knows it")
     if out.exists():
         raise UsageError(f"{out} exists; remove it or choose another name")
-    source = find(args.data, args.resolution or 16, args.channels, args.image_key, args.label_key)
-    resolution = args.resolution or first_side(source, Fit(8, args.channels, args.crop))
-    fit = Fit(resolution, args.channels, args.crop, args.filter)
+    given = args.resolution is not None
+    fit = Fit(args.resolution if given else 16, args.channels, args.crop, args.filter)
+    source = find(args.data, fit, args.image_key, args.label_key)
+    if not given:
+        fit = replace(fit, resolution=first_side(source, replace(fit, resolution=8)))
     seen: set[bytes] = set()
     began = time.perf_counter()
     try:
@@ -85,6 +92,8 @@ def _main(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped{goes_on(out)}", file=sys.stderr)
         return 130
+    except UsageError as error:
+        raise UsageError(str(error).replace("use --skip-bad", "leave out --strict")) from error
     stored = read(out)
     if len(stored.rows) == 0:
         out.unlink()
@@ -94,11 +103,11 @@ def _main(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def find(data: str, resolution: int, channels: int, image_key: str, label_key: str) -> Source:
-    """What `data` names; the digits, which have no size of their own, at that resolution."""
+def find(data: str, fit: Fit, image_key: str, label_key: str) -> Source:
+    """What `data` names; the digits, which have no size of their own, at the resolution of `fit`."""
     if data.split(":")[0] != "digits":
         return open_source(data, image_key, label_key)
-    digits = load_images(data, resolution, channels, image_key=image_key, label_key=label_key)
+    digits = load_images(data, fit.resolution, fit.channels, image_key=image_key, label_key=label_key)
     rows = digits.images.permute(0, 2, 3, 1)
     return rows_source(data, rows, digits.labels, digits.classes, digest([data, rows.shape]), digits.filter)
 
@@ -110,7 +119,8 @@ def first_side(source: Source, fit: Fit) -> int:
             return part(source, i, fit).width
         except Unfit as unfit:
             problem = unfit
-    raise UsageError(f"no image of {source.name} fits; one reason: {problem}")
+    reason = str(problem).replace(" or use --skip-bad", "")
+    raise UsageError(f"no image of {source.name} fits; one reason: {reason}")
 
 
 def check_room(out: Path, size: int) -> None:
@@ -133,19 +143,31 @@ def goes_on(out: Path) -> str:
 def report(out: Path, source: Source, stored: Stored, copies: int, seconds: float) -> list[str]:
     """The lines that are printed in the end."""
     count, side, _, channels = stored.rows.shape
-    classes = f"{len(stored.classes)} classes" if stored.classes else "no classes"
+    classes = f"{len(stored.classes) or 'no'} class{'es' * (len(stored.classes) != 1)}"
     size = out.stat().st_size / 2**20
     lines = [
         f"{out}: {count} images of {side}x{side} pixels, {MODES[channels]}, {classes}, crop {stored.crop}, "
         f"filter {stored.filter}, {size:.1f} MiB, in {duration(seconds)}",
         *left_out(source, stored),
     ]
+    if source.others:
+        first = plain(source.others[0])
+        lines.append(f"not read: {len(source.others)} (other files, empty folders), the first {first}")
     if copies:
         lines.append(f"{copies} images are copies of others; --drop-copies leaves them out")
     if empty := empty_classes(stored.labels, stored.classes):
         lines.append(f"no images of {enumerated(empty)}")
-    options = f"--data {out} --resolution {side}" + f" --channels {channels}" * (channels != 3)
-    return [*lines, f"train on it: python -m fastgan.train --arch stylegan {options}"]
+    arch, trained = suggestion(side)
+    options = f"--data {quote(str(out))} --resolution {trained}" + f" --channels {channels}" * (channels != 3)
+    return [*lines, f"train on it: python -m fastgan.train --arch {arch} {options}"]
+
+
+def suggestion(side: int) -> tuple[str, int]:
+    """A family, and the largest resolution at which it trains on images of that side."""
+    sevenths, rest = divmod(side, 7)
+    if rest == 0 and sevenths.bit_count() == 1:  # MNIST's 28
+        return "dcgan", side
+    return "stylegan", 1 << side.bit_length() - 1
 
 
 def left_out(source: Source, stored: Stored) -> list[str]:

@@ -259,6 +259,8 @@ def open_data(config: Config, device: torch.device) -> tuple[Config, Feed | Pair
     skipped = sum(len(images.skipped) for images in sets)
     about = " and ".join(f"{len(images)} images of {images.name}" for images in sets)
     about += f", {skipped} files left out" if skipped else ""
+    others = sum(len(images.others) for images in sets)
+    about += f", {others} other files or empty folders not read" if others else ""
     empty = empty_classes(sets[0].labels, sets[0].classes)
     about += f", no images of {enumerated(empty)}" if empty else ""
     return config, feeds[0] if len(feeds) == 1 else PairFeed(*feeds), about

@@ -1,6 +1,7 @@
 """The cache of decoded images."""
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -155,6 +156,19 @@ def test_a_set_that_fails_leaves_nothing_behind(data: Path, cache_folder: Path):
     (data / "b.png").touch()
     message("data", 16)
     assert files(cache_folder) == []
+
+
+def test_what_a_killed_writer_left_is_removed(data: Path, cache_folder: Path):
+    put(noise(16), data / "a.png")
+    load_images("data", 16)
+    (made,) = cache_folder.iterdir()
+    made.unlink()
+    left, living = (cache_folder / f".{made.name}.{name}" for name in ("00000000", "11111111"))
+    left.write_bytes(b"half")
+    with open(living, "xb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        load_images("data", 16)
+        assert sorted(cache_folder.iterdir()) == sorted([made, living])
 
 
 def test_the_file_appears_in_the_cache_only_when_it_is_whole(tmp_path: Path):

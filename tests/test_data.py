@@ -130,7 +130,7 @@ def test_labels_that_do_not_match(data: Path):
         ([[NAMES[0], 0.5]], 'must list ["image.png", class number]: got'),
         ([[NAMES[0], True]], "must list"),
         ([[NAMES[0]]], "must list"),
-        ([[NAMES[0], [0, 1]]], "must list"),
+        ([[NAMES[0], [0, 1]]], "[0, 1]]; mend it, or remove it to train without it"),
         ([["x" * 500, None]], "..."),
         ({NAMES[0]: 0}, 'must hold {"labels": [["image.png", 0], ...]}'),
         ([[n, -2] for n in NAMES], "holds the label -2; labels count from 0"),
@@ -301,6 +301,14 @@ def test_arrays_are_chosen_by_name_where_type_does_not_tell(data: Path, ending: 
     )
 
 
+@pytest.mark.parametrize("ending", [".npz", ".safetensors"])
+def test_arrays_of_labels_that_do_not_match(data: Path, ending: str):
+    name = save(f"a{ending}", x=batch(4, 8, 8, 3), y=np.arange(3))
+    assert f"{name} holds 4 images, but 3 labels (y); mend it" in message(name, 8)
+    name = save(f"b{ending}", x=batch(4, 8, 8, 3), y=np.eye(4), seed=np.array([7]))
+    assert load_images(name, 8).labels is None
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -433,12 +441,12 @@ def test_a_bomb_of_which_pillow_only_warns_is_refused(data: Path, monkeypatch: p
 
 def test_training_takes_them_all(data: Path, capsys: pytest.CaptureFixture[str]):
     put(noise(8), data / "a.png")
-    pack({"a/0.png": noise(8), "b/0.png": noise(8), "b/1.png": b""})
+    pack({"a/0.png": noise(8), "b/0.png": noise(8), "b/1.png": b"", "b/1.txt": b""})
     save("a.npz", x=batch(4, 8, 8, 3), y=np.array([0, 2, 0, 2]), z=batch(4, 8, 8, 3))
     small = "--resolution 8 --batch 2 --kimg 0.004 --z-dim 4 --ngf 4 --ndf 4 --device cpu"
     runs = {
         "--arch dcgan --data data": "1 images of data",
-        "--arch cgan --data data.zip --skip-bad": "2 images of data.zip, 1 files left out",
+        "--arch cgan --data data.zip --skip-bad": "2 images of data.zip, 1 files left out, 1 other files or ",
         "--arch cgan --data a.npz --image-key x": "4 images of a.npz, no images of 1 class (1)",
     }
     for i, (options, said) in enumerate(runs.items()):
@@ -494,17 +502,95 @@ def test_columns_by_name(datasets: Any, data: Path):
     features = {f"{side}": datasets.Image() for side in ("left", "right")}
     columns = {side: [noise(16)] for side in features}
     datasets.Dataset.from_dict(columns, datasets.Features(features)).to_parquet("b.parquet")
-    assert "several columns of type Image; choose with --image-key left or right" in message("b.parquet", 16)
+    assert "several columns of images; choose with --image-key left or right" in message("b.parquet", 16)
     assert load_images("b.parquet", 16, image_key="left").labels is None
+
+
+@pytest.mark.parametrize(
+    ("cells", "name", "values", "found"),
+    [
+        ("struct", "label", [2, 0, 2, 1], [2, 0, 2, 1]),
+        ("binary", "label", ["b", "a", "b", "b"], [1, 0, 1, 1]),
+        ("large_binary", "kind", [1, 0, 1, 1], [1, 0, 1, 1]),
+        ("struct", "kind", ["b", "a", "b", "b"], None),  # captions, for all that is known
+        ("struct", "number", [3, 2, 1, 0], None),  # of the image
+        ("struct", "taken", [1 << 40, 1 << 40, 0, 0], None),
+        ("struct", "kind", [1, 0, 1, None], None),
+    ],
+)
+def test_columns_that_others_wrote_are_found_by_type(
+    datasets: Any, data: Path, cells: str, name: str, values: list, found: list[int] | None
+):
+    import pyarrow
+    from pyarrow import parquet
+
+    files = [png(noise(16, seed=i)) for i in range(4)]
+    if cells == "struct":
+        picture = pyarrow.array([{"bytes": file, "path": None} for file in files])
+    else:
+        picture = pyarrow.array(files, getattr(pyarrow, cells)())
+    parquet.write_table(pyarrow.table({"picture": picture, name: values}), "a.parquet")
+    images = load_images("a.parquet", 16)
+    assert (pixels(images, 3) == np.asarray(noise(16, seed=3))).all()
+    assert (labels_of(images) if images.labels is not None else None) == found
+
+
+def test_the_splits_of_a_folder_of_tables(datasets: Any, data: Path):
+    for folder in ("data", "rows/data", "parquet"):  # the last one has the name of a loader of `datasets`
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for file in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+            table(datasets, f"{folder}/{file}.parquet")
+    for name in ("data", "rows", "hf:parquet", "hf:rows"):
+        assert len(load_images(name, 16)) == 8
+    assert len(load_images("hf:rows:test", 16)) == 4
+    Path("one").mkdir()
+    table(datasets, "one/test.parquet")
+    assert len(load_images("one", 16)) == 4
+    table(datasets, "one/validation.parquet")
+    assert "none called train; choose one, as hf:one:validation" in message("one", 16)
+
+
+def test_what_save_to_disk_wrote(datasets: Any, data: Path):
+    rows = datasets.load_dataset("parquet", data_files=table(datasets), split="train")
+    rows.save_to_disk("one")
+    datasets.DatasetDict(train=rows, test=rows.select([1])).save_to_disk("two")
+    assert labels_of(load_images("hf:one", 16)) == labels_of(load_images("hf:two", 16)) == [0, 1, 1, 0]
+    assert len(load_images("hf:two:test", 16)) == 1
+
+
+def test_an_imagefolder_of_the_hub(datasets: Any, data: Path, monkeypatch: pytest.MonkeyPatch):
+    put(noise(16, seed=1), data / "1.png")
+    Path("zipped").mkdir()
+    pack({"2.png": noise(16, seed=2), "metadata.csv": b"file_name,label\n2.png,3\n"}, "zipped/train.zip")
+    local = datasets.load_dataset
+    fetched = {"nobody/photos": "data", "nobody/zipped": "zipped"}
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, **k: local(os.path.abspath(fetched[name]), **k)
+    )
+    assert (pixels(load_images("hf:nobody/photos", 16)) == np.asarray(noise(16, seed=1))).all()
+    images = load_images("hf:nobody/zipped", 16)
+    assert (pixels(images) == np.asarray(noise(16, seed=2))).all() and labels_of(images) == [3]
+
+
+def test_a_label_without_a_name(datasets: Any, data: Path):
+    from pyarrow import parquet
+
+    rows = parquet.read_table(table(datasets))
+    place = rows.schema.get_field_index("label")
+    parquet.write_table(rows.set_column(place, rows.schema.field(place), [[0, 1, 7, 0]]), "a.parquet")
+    assert "a.parquet holds the label 7, but names 2 classes" in message("a.parquet", 16)
 
 
 def test_bad_tables(datasets: Any, data: Path):
     Path("a.parquet").write_text("no")
     assert "--data a.parquet cannot be loaded by datasets" in message("a.parquet", 16)
     assert "--data hf:nobody/nothing cannot be loaded by datasets" in message("hf:nobody/nothing", 16)
+    assert "--data hf: lacks a name" in message("hf:", 16)
     datasets.Dataset.from_dict({"n": [1, 2]}).to_parquet("b.parquet")
     assert "b.parquet has no column of images; name one of n by --image-key" in message("b.parquet", 16)
     assert "--image-key n" in message("b.parquet", 16, image_key="n")
+    table(datasets)
+    assert "error occurred while generating the dataset: Couldn't cast" in message("hf:.", 16)  # its cause
 
 
 def test_a_table_names_no_files_of_this_machine(datasets: Any, data: Path):

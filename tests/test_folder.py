@@ -84,6 +84,10 @@ def test_too_small_a_resolution_is_an_error(data: Path):
     assert message("data", 4) == "--resolution 4 is too small; use 8 or more"
 
 
+def test_digits_larger_than_memory_are_an_error():
+    assert "at --resolution 1000000 takes" in message("digits", 1_000_000)
+
+
 def test_bad_arguments_are_errors():
     assert "--channels 2" in message("digits", 8, channels=2)
     assert "--filter nearest" in message("digits", 8, filter="nearest")
@@ -254,18 +258,21 @@ def test_half_transparent_pixels_are_blended_with_white(data: Path):
     assert (pixels(load_images("data", 16)) == expected).all()
 
 
-@pytest.mark.parametrize("mode", ["P", "RGB"])
+@pytest.mark.parametrize("mode", ["P", "RGB", "I;16"])
 def test_a_transparent_colour_becomes_white(data: Path, mode: str):
     if mode == "P":
         image = Image.fromarray(np.repeat(np.array([0, 1], np.uint8), 128).reshape(16, 16)).convert("P")
         image.putpalette([10, 20, 30, 40, 50, 60])
         put(image, data / "a.png", transparency=0)
+    elif mode == "I;16":
+        wide = np.repeat(np.array([300, 50 * 257], np.uint16), 128).reshape(16, 16)
+        put(Image.fromarray(wide), data / "a.png", transparency=300)
     else:
         image = Image.new("RGB", (16, 16), (10, 20, 30))
         image.paste((40, 50, 60), (0, 8, 16, 16))
         put(image, data / "a.png", transparency=(10, 20, 30))
     got = pixels(load_images("data", 16))
-    assert (got[:8] == 255).all() and (got[8:] == [40, 50, 60]).all()
+    assert (got[:8] == 255).all() and (got[8:] == ([50] * 3 if mode == "I;16" else [40, 50, 60])).all()
 
 
 def test_cmyk_is_converted(data: Path):
@@ -333,6 +340,13 @@ def test_truncated_jpeg_is_bad(data: Path):
     put(noise(64), data / "a.jpg")
     (data / "a.jpg").write_bytes((data / "a.jpg").read_bytes()[:1500])
     assert "data/a.jpg cannot be decoded" in message("data", 16)
+
+
+def test_a_pipe_is_not_waited_for(data: Path):
+    os.mkfifo(data / "a.png")
+    put(noise(16), data / "b.png")
+    assert "data/a.png is no file; remove it or use --skip-bad" in message("data", 16)
+    assert load_images("data", 16, skip_bad=True).skipped == ("data/a.png",)
 
 
 def test_nothing_but_bad_files_is_an_error(data: Path):

@@ -18,9 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastgan import prepare, train
-from fastgan.config import UsageError
+from fastgan.config import UsageError, make_config
 from fastgan.data import load_images, stored
-from fastgan.data.decode import Fit
+from fastgan.data.decode import Fit, decode
 from fastgan.data.source import REASONS, Source
 
 OUT = Path("out.safetensors")
@@ -96,8 +96,9 @@ def test_what_is_left_out_is_counted_by_reason(data: Path, capsys: pytest.Captur
         assert said in out
     assert len(load_images(str(OUT), 16)) == 4
     OUT.unlink()
-    assert "data/bad.png cannot be decoded" in refused(capsys, "--strict")
-    PARTIAL.unlink()
+    said = refused(capsys, "--strict")
+    assert "data/bad.png cannot be decoded" in said and said.endswith("; remove it or leave out --strict\n")
+    assert not PARTIAL.exists()  # once bad.png is mended, nothing could go on from it
     assert run("--resolution", "12", "--crop", "center") == 0
     assert "2 images are copies of others; --drop-copies" in capsys.readouterr().out
 
@@ -110,6 +111,39 @@ def test_classes_that_lose_all_images_are_named(data: Path, capsys: pytest.Captu
     images = load_images(str(OUT), 16)
     assert images.classes == ("cat", "dog") and images.labels is not None and images.labels.tolist() == [1]
     assert load_file(OUT)["left_out_labels"].tolist() == [0]
+
+
+def test_what_is_not_read_is_counted(data: Path, capsys: pytest.CaptureFixture[str]):
+    put(noise(16, seed=1), data / "cat" / "1.png")
+    put(noise(16, seed=2), data / "dog" / "1.png")
+    put(noise(16), data / "dog" / "2.gif")
+    (data / "fox" / ".hidden").mkdir(parents=True)
+    (data / "dataset.json").write_text('{"labels": null}')
+    shutil.make_archive("data", "zip", ".", "data")
+    for source in ("data", "data.zip"):
+        assert prepare.main([source, str(OUT)]) == 0
+        first = f"{'data.zip/' * (source != 'data')}data/dog/2.gif"
+        assert f"not read: 2 (other files, empty folders), the first {first}\n" in capsys.readouterr().out
+        assert "data/fox/" in load_images(source, 16).others[1]
+        OUT.unlink()
+
+
+@pytest.mark.parametrize(
+    ("side", "said"),
+    [
+        (16, "--arch stylegan --data 'my set.safetensors' --resolution 16"),
+        (28, "--arch dcgan --data 'my set.safetensors' --resolution 28"),
+        (42, "--arch stylegan --data 'my set.safetensors' --resolution 32"),
+    ],
+)
+def test_the_command_that_is_printed_trains(
+    data: Path, capsys: pytest.CaptureFixture[str], side: int, said: str
+):
+    put(noise(side), data / "a.png")
+    assert prepare.main(["data", "my set.safetensors"]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith(f"train on it: python -m fastgan.train {said}\n")
+    make_config(said.split()[1], resolution=int(said.split()[-1]))
 
 
 def test_rgba_is_prepared_and_trains(data: Path, tmp_path: Path):
@@ -185,6 +219,17 @@ def test_however_it_is_killed_it_goes_on(undisturbed: bytes, monkeypatch: pytest
     assert starts == set(range(8)), "it went on from every picture, and from the end"
 
 
+def test_ctrl_c_before_anything_is_done(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "find", stopped)
+    assert run() == 130
+    assert capsys.readouterr().err == "\nfastgan: stopped\n" and not PARTIAL.exists()
+
+
 def test_ctrl_c_keeps_what_is_done(undisturbed: bytes):
     def interrupt(i: int) -> None:
         if i == 5:
@@ -198,23 +243,29 @@ def test_ctrl_c_keeps_what_is_done(undisturbed: bytes):
     assert min(opened) == 5 and OUT.read_bytes() == undisturbed
 
 
-def test_a_partial_file_of_something_else_is_not_continued(data: Path, capsys: pytest.CaptureFixture[str]):
-    for i in range(3):
+def test_a_partial_file_of_something_else_is_not_continued(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def stopping(source: Source, i: int, fit: Fit) -> np.ndarray:
+        if i == 3:
+            raise KeyboardInterrupt
+        return decode(source, i, fit)
+
+    for i in range(4):
         put(noise(16, seed=i), data / f"{i}.png")
-    (data / "3.png").write_text("no")
-    assert "data/3.png cannot be decoded" in refused(capsys, "--strict")
-    assert PARTIAL.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(stored, "decode", stopping)
+        assert run() == 130
+    assert f"the same command goes on from {PARTIAL}" in capsys.readouterr().err
     kept = PARTIAL.read_bytes()
-    for options in ((), ("--strict", "--filter", "box"), ("--strict", "--channels", "1")):
+    for options in (("--strict",), ("--filter", "box"), ("--channels", "1")):
         said = refused(capsys, *options)
         assert f"{PARTIAL} was begun with other images or options" in said and f"remove {PARTIAL}" in said
-    assert PARTIAL.read_bytes() == kept
     with pytest.raises(Exception, match="eader"):
         load_file(PARTIAL)
-    put(noise(16, seed=3), data / "3.png")
-    assert "begun with other images" in refused(capsys, "--strict")
-    PARTIAL.write_bytes(kept[:-1])
-    (data / "3.png").write_text("no")
+    put(noise(16, seed=4), data / "3.png")
+    assert "begun with other images" in refused(capsys)
+    assert PARTIAL.read_bytes() == kept
     PARTIAL.unlink()
     assert run() == 0
 
@@ -258,6 +309,7 @@ def test_a_disk_that_fills_up(
     ("options", "words"),
     [
         (["--resolution", "4"], "--resolution 4 is too small"),
+        (["--resolution", "0"], "--resolution 0 is too small"),
         (["--crop", "round"], "--crop round is unknown; use none, center, center:SIDE or wide"),
         (["--crop", "center:0"], "--crop center:0 is unknown"),
         (

@@ -11,7 +11,7 @@ from fastgan.data.archive import zip_source
 from fastgan.data.decode import Fit
 from fastgan.data.digits import load_digits
 from fastgan.data.feed import Feed, PairFeed
-from fastgan.data.folder import folder_source
+from fastgan.data.folder import folder_source, walk
 from fastgan.data.hub import hub_source
 from fastgan.data.images import ImageSet
 from fastgan.data.source import BAD, Source, digest, file_state
@@ -90,7 +90,8 @@ def images_for(config: Config, name: str) -> ImageSet:
 
 def image_set(rows, labels, source: Source, filter: str, skipped: tuple[str, ...] = ()) -> ImageSet:
     """An ImageSet of rows [N, H, W, C]."""
-    return ImageSet(rows.permute(0, 3, 1, 2), labels, source.classes, source.name, skipped, filter)
+    images = rows.permute(0, 3, 1, 2)
+    return ImageSet(images, labels, source.classes, source.name, skipped, filter, source.others)
 
 
 def is_ready(source: Source, fit: Fit) -> bool:
@@ -135,9 +136,10 @@ def prepared_source(data: str) -> Source | None:
 
 
 def holds_parquet(data: str) -> bool:
-    """Whether the folder `data` has parquet files in it."""
+    """Whether the folder `data` has a table in it, at whatever depth; an imagefolder's metadata is none."""
     try:
-        return any(name.lower().endswith(".parquet") for name in os.listdir(data))
+        found = (path.lower() for path in walk(data))
+        return any(path.endswith(".parquet") and not path.endswith("metadata.parquet") for path in found)
     except OSError:  # `folder_source` says so
         return False
 

@@ -5,6 +5,7 @@ import os
 import posixpath
 import threading
 import zipfile
+from collections.abc import Iterable
 from typing import IO
 
 from fastgan.config import UsageError
@@ -29,6 +30,8 @@ def zip_source(data: str) -> Source:
     if not found:
         raise UsageError(f"no images in {data}; --data takes {TAKES}")
     root = common_root([*found, *(name for name in entries if os.path.basename(name) == labels.FILE)])
+    others = [name for name in entries if name not in found and name != root + labels.FILE]
+    others += [name for name in empty_folders(archive, entries) if visible(name)]
     found = {name.removeprefix(root): info for name, info in found.items()}
     names, matched, by_name = sorted(found), None, None
     if listing := entries.get(root + labels.FILE):
@@ -44,18 +47,15 @@ def zip_source(data: str) -> Source:
     def image(i: int) -> io.BytesIO:
         if matched:
             matched.check(i)
-        info = found[names[i]]
-        if info.file_size > LARGEST_IMAGE:
-            size = f"{info.file_size >> 20} MiB, more than {LARGEST_IMAGE >> 20}"
-            raise Unfit(TOO_LARGE, f"{where(i)} unpacks to {size}; remove it or use --skip-bad")
-        with one_at_a_time, member(archive, info) as file:
-            return io.BytesIO(file.read(info.file_size + 1))
+        with one_at_a_time:
+            return extracted(archive, found[names[i]], where(i))
 
     def where(i: int) -> str:
         return plain(f"{data}/{root}{names[i]}")
 
     key = digest([os.path.basename(data), file_state(data)])
-    return Source(data, len(names), image, where, key, numbers, classes)
+    beside = tuple(plain(f"{data}/{name}") for name in sorted(others))
+    return Source(data, len(names), image, where, key, numbers, classes, others=beside)
 
 
 def open_zip(data: str) -> zipfile.ZipFile:
@@ -84,11 +84,29 @@ def members(archive: zipfile.ZipFile, data: str) -> dict[str, zipfile.ZipInfo]:
     return files
 
 
+def empty_folders(archive: zipfile.ZipFile, files: Iterable[str]) -> list[str]:
+    """The folders of an archive that none of its files lies in."""
+    filled = {""}
+    for name in files:
+        while (name := posixpath.dirname(name)) not in filled:
+            filled.add(name)
+    return [name for name in archive.namelist() if name.endswith("/") and name.rstrip("/") not in filled]
+
+
 def member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
     """The file, open: of `read(n)`, no more than n bytes come to be in memory."""
     if info.compress_type not in BOUNDED:
         raise zipfile.BadZipFile("packed with a method other than deflate")
     return archive.open(info)
+
+
+def extracted(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> io.BytesIO:
+    """A picture. Raises Unfit for one that claims to be very large."""
+    if info.file_size > LARGEST_IMAGE:
+        size = f"{info.file_size >> 20} MiB, more than {LARGEST_IMAGE >> 20}"
+        raise Unfit(TOO_LARGE, f"{where} unpacks to {size}; remove it or use --skip-bad")
+    with member(archive, info) as file:
+        return io.BytesIO(file.read(info.file_size + 1))
 
 
 def unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, data: str) -> bytes:

@@ -163,6 +163,12 @@ def choose(found: Mapping[str, Kind], image_key: str, label_key: str, data: str)
         raise UsageError(
             f"{data} holds several arrays of labels; choose with --label-key {plain(' or '.join(labels))}"
         )
+    alone = sum(kind.images for kind in found.values()) == 1  # else they may be other images' labels
+    for name in ("label", "labels", "y") if alone and not labels else ():
+        if name in found and found[name].labels((found[name].shape or (0,))[0]):
+            raise UsageError(
+                f"{data} holds {count} images, but {found[name].shape[0]} labels ({name}); mend it"
+            )
     return images[0], labels[0] if labels else None
 
 

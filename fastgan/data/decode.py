@@ -123,8 +123,10 @@ def read(file: str | BinaryIO | Image.Image, mode: str) -> Image.Image:
 def converted(image: Image.Image, mode: str) -> Image.Image:
     """The picture in another mode; in one without alpha, transparent parts become white."""
     if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips or drops the low byte
-        wide = np.asarray(image).astype(np.float32)
-        return Image.fromarray((wide / 257).round().clip(0, 255).astype(np.uint8)).convert(mode)
+        wide, clear = np.asarray(image).astype(np.float32), image.info.get("transparency")
+        image = Image.fromarray((wide / 257).round().clip(0, 255).astype(np.uint8))
+        if clear is not None:
+            image.putalpha(Image.fromarray(np.where(wide == clear, 0, 255).astype(np.uint8)))
     if mode != "RGBA" and image.has_transparency_data:
         sheet = Image.new("RGBA", image.size, "white")
         sheet.alpha_composite(image.convert("RGBA"))

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastgan.config import UsageError
+from fastgan.data.feed import fits
 from fastgan.data.images import ImageSet
 
 FILE = Path(__file__).with_name("digits.safetensors")
@@ -77,12 +78,16 @@ def parse(data: str) -> tuple[str, str]:
 def load_digits(data: str, resolution: int, channels: int) -> ImageSet:
     """The digits that `data` names, 0..255, enlarged with a bicubic filter to resolution >= 8.
 
-    Raises UsageError for an unknown name and for colors in gray images.
+    Raises UsageError for an unknown name, for colors in gray images and for more than the memory holds.
     """
     subset, form = parse(data)
     if form == "colored" and channels == 1:
         raise UsageError(f"--data {data} has colors; use --channels 3")
     stored, labels = stored_digits()
+    needed = len(stored) * resolution**2 * (4 + channels)
+    if not fits(needed, torch.device("cpu")):
+        claim = f"--data {data} at --resolution {resolution} takes {needed >> 20} MiB"
+        raise UsageError(f"{claim}, more than half of the free memory; use a lower one")
     bright = stored.numpy().astype(np.float32) * (255 / 16)
     size = (resolution, resolution)
     # Floating point until the end: the filter overshoots at the edges, and 8 bits would wrap there.

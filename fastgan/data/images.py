@@ -15,6 +15,7 @@ class ImageSet:
     name: str  # "digits" or the path as given
     skipped: tuple[str, ...] = ()  # pictures left out by skip_bad
     filter: str = ""  # that the images were resized with; "" if that is not known
+    others: tuple[str, ...] = ()  # files of other kinds and empty folders beside them
 
     def __len__(self) -> int:
         return self.images.shape[0]

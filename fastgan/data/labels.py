@@ -48,7 +48,8 @@ def parse(text: bytes, where: str) -> dict[str, int] | None:
     labels: dict[str, int] = {}
     for pair in pairs:
         if not is_pair(pair):
-            raise UsageError(f'{where} must list ["image.png", class number]: got {shortened(pair)}')
+            wanted = f'{where} must list ["image.png", class number]'
+            raise UsageError(f"{wanted}: got {shortened(pair)}; mend it, or remove it to train without it")
         name, label = pair[0].replace("\\", "/"), pair[1]
         if labels.setdefault(name, label) != label:
             raise UsageError(f"{where} gives {shortened(name)} two labels, {labels[name]} and {label}")

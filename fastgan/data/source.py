@@ -41,6 +41,7 @@ class Source:
     classes: tuple[str, ...] = ()
     rows: torch.Tensor | None = None  # uint8 [count, H, W, C] of pictures that are decoded already
     filter: str = ""  # that `rows` were resized with, if it is known
+    others: tuple[str, ...] = ()  # what lies beside the pictures and is not read: other files, empty folders
 
 
 def plain(name: str) -> str:

@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -140,15 +141,26 @@ def write(path: Path, source: Source, fit: Fit, leave_out: Collection[str] = ())
     `leave_out` are the reasons for which a picture may be left out; another raises UsageError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(partial, "x+b") as file:
+            with suppress(OSError):  # where files cannot be locked, none is swept
+                fcntl.flock(file, fcntl.LOCK_EX)
             layout = Layout(source, fit)
             fill(file, layout, begin(file, layout), source, fit, leave_out)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def sweep(path: Path) -> None:
+    """Remove what writers of the file have left that were killed; a living one holds its lock."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        with suppress(OSError), open(left, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
 
 
 def partial_of(path: Path) -> Path:
@@ -178,7 +190,11 @@ def write_resumably(
         state = resume(file, layout, digest([source.key, fit, *leave_out, drop_copies]), partial)
         for image in written(file, layout, int((state == KEPT).sum())):
             seen.add(mark(image))
-        fill(file, layout, state, source, fit, leave_out, seen, drop_copies)
+        try:
+            fill(file, layout, state, source, fit, leave_out, seen, drop_copies)
+        except UsageError:  # of a picture; once that is mended, these are other images
+            partial.unlink()
+            raise
         os.replace(partial, path)
 
 
