@@ -87,13 +87,18 @@ def frechet(a: Moments, b: Moments) -> float:
 
         |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))
 
-    (Heusel et al. 2017, arXiv 1706.08500, equation 6). The trace of the root is the sum of the roots of
-    S_a S_b's eigenvalues, which are those of S_a^(1/2) S_b S_a^(1/2): symmetric, so real and not negative.
+    (Heusel et al. 2017, arXiv 1706.08500, equation 6). With S = R R^T, the trace of the root is the sum of
+    R_a^T R_b's singular values. S is singular where there are fewer images than features: what eigenvalues of
+    0 are rounded to is left out of R, as its root is no small number.
     """
+
+    def root(covariance: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(covariance)
+        least = len(values) * torch.finfo(values.dtype).eps * values[-1]
+        return vectors * torch.where(values > least, values, 0).sqrt()
+
     cov_a, cov_b = a.covariance, b.covariance
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    trace_of_root = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    trace_of_root = torch.linalg.svdvals(root(cov_a).T @ root(cov_b)).sum()
     means = (a.mean - b.mean).square().sum()
     return (means + cov_a.trace() + cov_b.trace() - 2 * trace_of_root).item()
 

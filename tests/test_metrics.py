@@ -106,9 +106,14 @@ def test_scores_of_a_set_with_itself():
     assert density == pytest.approx(1, abs=0.01)  # balls are open and reach the 5th: itself and four others
 
 
-def test_fewer_features_than_samples_are_no_trouble():
-    a, b = normal(20, 40), normal(30, 40, seed=1)  # singular covariances
-    assert np.isfinite(metrics.frechet(Moments(a), Moments(b)))
+def test_frechet_distance_of_fewer_images_than_features():
+    a, b = normal(20, 300), 2 * normal(30, 300, seed=1)
+    # The trace of the root is the sum of singular values of A B^T, of centred rows over (N - 1)^(1/2).
+    x, y = ((rows - rows.mean(dim=0)) / (len(rows) - 1) ** 0.5 for rows in (a, b))
+    parts = [(a.mean(dim=0) - b.mean(dim=0)).square().sum(), x.square().sum(), y.square().sum()]
+    want = (sum(parts) - 2 * torch.linalg.svdvals(x @ y.T).sum()).item()
+    assert metrics.frechet(Moments(a), Moments(b)) == pytest.approx(want, rel=1e-12)
+    assert metrics.frechet(Moments(a), Moments(a)) == pytest.approx(0, abs=1e-10)
 
 
 def test_unbiased_mmd_averages_to_zero():
