@@ -154,10 +154,20 @@ def inception_score(probabilities: Tensor, splits: int = 10) -> tuple[float, flo
     return values.mean().item(), values.std(correction=0).item()
 
 
+def distances(x: Tensor, y: Tensor) -> Tensor:
+    """[N, M]: from each of x [N, F] to each of y [M, F], of their differences.
+
+    `torch.cdist` would rather multiply matrices. That loses the digits of features far from zero, and whether
+    two distances are equal, on which it depends what lies in a ball.
+    """
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 def neighbour_distance(x: Tensor, k: int) -> Tensor:
     """[N]: from each of x [N, F] to its k-th nearest other."""
     x = x.double()
-    return torch.cat([torch.cdist(part, x).kthvalue(k + 1, dim=1).values for part in x.split(BLOCK)])
+    nearest = [distances(part, x).topk(k + 1, largest=False).values for part in x.split(BLOCK)]
+    return torch.cat(nearest)[:, k]
 
 
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
@@ -167,14 +177,14 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
     is the share of generated images [M, F] within the real manifold, recall that of real ones [N, F] within
     the generated.
     """
-
-    def share(x: Tensor, of: Tensor) -> float:
-        radius = neighbour_distance(of, k)
-        inside = [(torch.cdist(part, of) <= radius).any(dim=1) for part in x.split(BLOCK)]
-        return torch.cat(inside).double().mean().item()
-
     real, generated = real.double(), generated.double()
-    return share(generated, real), share(real, generated)
+    reach = neighbour_distance(generated, k)
+    precise, recalled = torch.zeros_like(reach, dtype=torch.bool), 0
+    for part, radius in zip(real.split(BLOCK), neighbour_distance(real, k).split(BLOCK), strict=True):
+        apart = distances(part, generated)
+        precise |= (apart <= radius[:, None]).any(dim=0)
+        recalled += (apart <= reach).any(dim=1).sum()
+    return float(precise.sum()) / len(generated), float(recalled) / len(real)
 
 
 def density_coverage(real: Tensor, generated: Tensor, k: int = 5) -> tuple[float, float]:
@@ -188,7 +198,7 @@ def density_coverage(real: Tensor, generated: Tensor, k: int = 5) -> tuple[float
     inside = nearest = 0
     radius = neighbour_distance(real, k)
     for part, reach in zip(real.split(BLOCK), radius.split(BLOCK), strict=True):
-        within = torch.cdist(part, generated) < reach[:, None]
+        within = distances(part, generated) < reach[:, None]
         inside += within.sum()
         nearest += within.any(dim=1).sum()
     return float(inside) / (k * len(generated)), float(nearest) / len(real)
