@@ -66,12 +66,14 @@ def parser() -> cli.Parser:
         metavar="FILE",
         help="weights of --features inception (default: downloaded once into the cache)",
     )
-    p.add_argument("--test-data", default="", help="of tstr: real images that the run has not seen")
+    p.add_argument(
+        "--test-data", default="", help="of tstr: real images that the run has not seen (default: the run's own)"
+    )
     p.add_argument("--count", type=int, default=10000, help="number of generated images (default: 10000)")
     p.add_argument("--seed", type=int, default=0, help="seed of the latents and labels (default: 0)")
     p.add_argument("--batch", type=int, default=64, help="images computed at a time (default: 64)")
     p.add_argument("--truncation", type=float, default=1.0, help="as in generate (default: 1, off)")
-    p.add_argument("--to", choices=("a", "b"), default="b", help="of CycleGAN: domain to judge (default: b)")
+    p.add_argument("--to", choices=("a", "b"), default="", help="of CycleGAN: domain to judge (default: b)")
     p.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     return p
@@ -96,9 +98,9 @@ class Evaluator:
         seed: int = 0,
         batch: int = 64,
         truncation: float = 1.0,
-        to: str = "b",
+        to: str = "",
     ):
-        self.config, self.device, self.to = config, device, to
+        self.config, self.device, self.to = config, device, to or "b"
         self.seed, self.batch, self.truncation = seed, batch, truncation
         try:
             self.metrics = metrics.parse(names)
@@ -106,12 +108,12 @@ class Evaluator:
             raise UsageError(f"--metrics: {error}") from None
         if not self.metrics:
             raise UsageError(f"--metrics names none; there are {', '.join(METRICS)}")
-        self._check(network)
-
         translates = getattr(family(config.arch).Generator, "translates", False)
-        real, other = (
-            (config.data_b, config.data) if translates and to == "b" else (config.data, config.data_b)
-        )
+        self._check(network, translates, to)
+
+        real, other = config.data, config.data_b
+        if translates and self.to == "b":
+            real, other = other, real
         self.real = self._load(data or real)
         self.source = self._load(other) if translates else None  # of images to translate
         self.count = min(count, len(self.source)) if self.source else count
@@ -140,7 +142,8 @@ class Evaluator:
             count=config.eval_count,
         )
 
-    def _check(self, network: str) -> None:
+    def _check(self, network: str, translates: bool, to: str) -> None:
+        arch = self.config.arch
         if "is" in self.metrics and network == "pixels":
             raise UsageError("--metrics is needs classes, which --features pixels does not give; use another")
         if "ppl" in self.metrics and network == "inception":
@@ -148,8 +151,12 @@ class Evaluator:
                 "--metrics ppl compares images finer than the 8 bits that --features inception takes; "
                 "use --features classifier"
             )
-        if "ppl" in self.metrics and getattr(family(self.config.arch).Generator, "translates", False):
-            raise UsageError(f"--metrics ppl needs latents: --arch {self.config.arch} has none; leave it out")
+        if translates and "ppl" in self.metrics:
+            raise UsageError(f"--metrics ppl needs latents: --arch {arch} has none; leave it out")
+        if translates and self.truncation != 1:
+            raise UsageError(f"--truncation needs latents: --arch {arch} has none; leave it out")
+        if to and not translates:
+            raise UsageError(f"--to is for --arch cyclegan: --arch {arch} translates nothing; leave it out")
 
     def _load(self, name: str) -> ImageSet:
         return images_for(self.config, name)

@@ -255,6 +255,8 @@ def test_every_family(arch: str):
         (lambda: cgan(classes=3), "fid", {}, ["3 classes", "digits:train has 10", "--data"]),
         (gan, "fid", {"count": 19}, ["20 images", "19", "--count"]),
         (lambda: tiny_config("cyclegan"), "ppl", {}, ["--metrics ppl", "cyclegan"]),
+        (lambda: tiny_config("cyclegan"), "fid", {"truncation": 0.5}, ["--truncation", "cyclegan"]),
+        (gan, "fid", {"to": "a"}, ["--to", "cyclegan", "--arch gan"]),
     ],
 )
 def test_errors(config: Any, names: str, options: dict[str, Any], words: list[str]):
