@@ -67,7 +67,9 @@ def parser() -> cli.Parser:
         help="weights of --features inception (default: downloaded once into the cache)",
     )
     p.add_argument(
-        "--test-data", default="", help="of tstr: real images that the run has not seen (default: the run's own)"
+        "--test-data",
+        default="",
+        help="of tstr: real images that the run has not seen (default: the run's own, or digits:test)",
     )
     p.add_argument("--count", type=int, default=10000, help="number of generated images (default: 10000)")
     p.add_argument("--seed", type=int, default=0, help="seed of the latents and labels (default: 0)")
@@ -178,7 +180,7 @@ class Evaluator:
     def _held_out(self, test_data: str) -> ImageSet:
         if self.labels is None:
             raise UsageError("--metrics tstr needs labelled images; train with --cond or leave it out")
-        name = test_data or held_out_of(self.real.name)
+        name = test_data or self.config.test_data or held_out_of(self.real.name)
         if not name:
             raise UsageError(
                 "--metrics tstr needs real images that the run has not seen: give --test-data, or train on "

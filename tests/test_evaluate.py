@@ -122,6 +122,8 @@ def test_tstr():
     other = cgan(data="digits:train:inverted")
     found = Evaluator(other, CPU, "tstr").held_out
     assert found is not None and found.name == "digits:test:inverted"
+    found = Evaluator(cgan(test_data="digits:test:edges"), CPU, "tstr").held_out  # as in training
+    assert found is not None and found.name == "digits:test:edges"
 
 
 def test_statistics_of_the_real_images_are_remembered(monkeypatch: pytest.MonkeyPatch):
