@@ -124,6 +124,8 @@ class Evaluator:
                 f"metrics take {LEAST} images or more: there are {self.count} generated ones (--count) and "
                 f"{len(self.real)} of {self.real.name}"
             )
+        if self.source:  # a folder's images come class by class, of which the first ones are no sample
+            self.chosen = torch.from_numpy(self._rng().permutation(len(self.source))[: self.count])
         self.labels = self._labels()
         self.held_out = self._held_out(test_data) if "tstr" in self.metrics else None
         self.network, self.statistics = None, {}
@@ -166,7 +168,7 @@ class Evaluator:
     def _labels(self) -> Tensor | None:
         """Labels int64 [count] of generated images: drawn from the real ones', or those of their source."""
         if self.source:
-            return None if self.source.labels is None else self.source.labels[: self.count]
+            return None if self.source.labels is None else self.source.labels[self.chosen]
         if not self.config.cond:
             return None
         if self.real.labels is None or len(self.real.classes) != self.config.c_dim:
@@ -174,8 +176,10 @@ class Evaluator:
                 f"the run knows {self.config.c_dim} classes, {self.real.name} has {len(self.real.classes)}; "
                 "use --data with the same classes"
             )
-        rng = np.random.default_rng([self.seed, 0, 2])  # three words, as latents come from two
-        return self.real.labels[torch.from_numpy(rng.integers(len(self.real), size=self.count))]
+        return self.real.labels[torch.from_numpy(self._rng().integers(len(self.real), size=self.count))]
+
+    def _rng(self) -> np.random.Generator:
+        return np.random.default_rng([self.seed, 0, 2])  # three words, as latents come from two
 
     def _held_out(self, test_data: str) -> ImageSet:
         if self.labels is None:
@@ -323,7 +327,7 @@ class Evaluator:
         """Images uint8 [n, C, R, R] on the device, `count` in all; of two domains, those of the first."""
         for first in range(0, self.count, self.batch):
             if self.source:
-                real = self.source.images[first : min(first + self.batch, self.count)].to(self.device)
+                real = self.source.images[self.chosen[first : first + self.batch]].to(self.device)
                 images = G.translate(real / 127.5 - 1, self.to)
             else:
                 images = self._generated(G, *self._inputs(G, first))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -230,6 +231,22 @@ def test_cyclegan_is_judged_by_its_translations():
     assert (
         back.real.name == "digits:train" and back.measure(Inverts())["fid_pixels"] > 10
     )  # it does not invert
+
+
+def test_what_cyclegan_translates_is_a_sample_of_all_classes(tmp_path: Path):
+    """A folder's images come class by class: a score of the first ones, or its splits, would see only one."""
+    for name, value in (("a", 0), ("b", 255)):
+        (tmp_path / name).mkdir()
+        for i in range(50):
+            Image.new("L", (8, 8), value).save(tmp_path / name / f"{i}.png")
+    config = tiny_config("cyclegan", data=str(tmp_path), data_b="digits:test", channels=1)
+    judged = Evaluator(config, CPU, "fid", network="pixels", count=40)
+    same = SimpleNamespace(translate=lambda images, to: images)
+    means = torch.cat(list(judged._samples(same))).float().mean(dim=(1, 2, 3))  # type: ignore[arg-type]
+    assert judged.labels is not None and torch.equal(means, judged.labels * 255.0)
+    assert 0.2 < judged.labels.float().mean() < 0.8 and judged.labels.diff().any()
+    other = Evaluator(config, CPU, "fid", network="pixels", count=40, seed=1).labels
+    assert other is not None and not torch.equal(judged.labels, other)
 
 
 @pytest.mark.parametrize("arch", TINY)
