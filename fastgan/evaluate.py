@@ -128,6 +128,7 @@ class Evaluator:
             self.chosen = torch.from_numpy(self._rng().permutation(len(self.source))[: self.count])
         self.labels = self._labels()
         self.held_out = self._held_out(test_data) if "tstr" in self.metrics else None
+        self.learner: FeatureNetwork | None = None  # what tstr has taught last
         self.network, self.statistics = None, {}
         if any(METRICS[name].of_features for name in self.metrics):
             content = features.content_hash(self.real)
@@ -244,15 +245,17 @@ class Evaluator:
             about |= {"checksum": self.network.checksum}
         if self.held_out:
             about |= {"test": self.held_out.name, "tests": len(self.held_out)}
+        if self.learner:
+            about |= {"learner": self.learner.name, "learner_checksum": self.learner.checksum}
         return about
 
     def told(self, name: str) -> str:
         """The same in words, as far as it concerns the metric `name`."""
         if name == "tstr" and self.held_out:
-            return f"{self.count} samples to learn, {_described(self.held_out)} to test"
+            return f"{self.count} samples to teach {self.learner}, {_described(self.held_out)} to test it"
         words = f"{self.count} samples, {_described(self.real)}"
         if self.network:
-            words += f", {self.network.name} {self.network.checksum[:12]} (resize {self.network.resize})"
+            words += f", {self.network}"
         return words
 
     def lines(self, figures: dict[str, float]) -> list[str]:
@@ -321,6 +324,7 @@ class Evaluator:
             assert self.held_out is not None and self.held_out.labels is not None and self.labels is not None
             net = features.train_classifier(torch.cat(images), self.labels, len(self.held_out.classes))
             figures["tstr"] = features.accuracy(net, self.held_out.images, self.held_out.labels)
+            self.learner = features.named(net)
         return figures
 
     def _samples(self, G: Generator) -> Iterator[Tensor]:

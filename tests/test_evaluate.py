@@ -114,12 +114,14 @@ def test_labels_are_drawn_as_the_data_has_them(tmp_path: Path):
 
 
 def test_tstr():
-    assert figures(cgan(), "tstr", Draws(), count=1400)["tstr"] > 0.85
-    assert figures(cgan(), "tstr", Draws(shift=1), count=1400)["tstr"] < 0.1
     judged = Evaluator(cgan(), CPU, "tstr", count=1400)
+    found = judged.measure(Draws())
+    assert found["tstr"] > 0.85 and figures(cgan(), "tstr", Draws(shift=1), count=1400)["tstr"] < 0.1
     assert judged.network is None and judged.held_out is not None and judged.held_out.name == "digits:test"
-    (line,) = judged.lines({"tstr": 0.9})
-    assert line == "TSTR/CAS  0.9         1400 samples to learn, 397 of digits:test (resize bicubic) to test"
+    (line,), learner = judged.lines(found), judged.learner
+    assert learner is not None and judged.about["learner_checksum"] == learner.checksum
+    told = f"1400 samples to teach classifier {learner.checksum[:12]} (resize area to 8x8)"
+    assert line.startswith(f"TSTR/CAS  {found['tstr']:<10.5g}  {told}, 397 of digits:test (resize bicubic)")
     other = cgan(data="digits:train:inverted")
     found = Evaluator(other, CPU, "tstr").held_out
     assert found is not None and found.name == "digits:test:inverted"
