@@ -8,6 +8,7 @@ import copy
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from fastgan.sampling import latents
 LEAST = 20  # images: enough for ten splits of the Inception Score and five neighbours
 EPSILON = 1e-4  # length of a path for perceptual path length, as a share of the way between two latents
 UNKNOWN = "unknown"  # the filter of images that came in their size
-STATISTICS = "1"  # raise it when what is cached of the real images changes
+STATISTICS = "2"  # raise it when what is cached of the real images changes
 NEED_ALL_FEATURES = {"kid", "pr", "dc"}  # fid needs only their moments
 
 
@@ -79,6 +80,18 @@ def parser() -> cli.Parser:
     p.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     return p
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """CUDA's fp32 is fp32: TF32 is coarser than a step of perceptual path length, and features by it are not
+    those of a CPU."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 class Evaluator:
@@ -218,7 +231,7 @@ class Evaluator:
             return known | ({"features": torch.cat(parts)} if whole else {})
 
         settings = (STATISTICS, network.name, network.resize, network.checksum, whole)
-        with torch.no_grad():
+        with torch.no_grad(), without_tf32():
             found = cache.remember("reals", features.key(content, settings), make)
         return {name: tensor.to(self.device) for name, tensor in found.items()}
 
@@ -285,7 +298,7 @@ class Evaluator:
     def measure(self, G: Generator) -> dict[str, float]:
         """Every figure of a generator in evaluation mode, by key. Global random states stay as they are."""
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.no_grad():
+        with torch.random.fork_rng(devices), torch.no_grad(), without_tf32():
             figures = self._of_samples(G)
             if "ppl" in self.metrics:
                 figures["ppl"] = self._path_length(G)
@@ -302,7 +315,9 @@ class Evaluator:
                 found, logits = self.network(part)
                 moments.add(found)
                 all_features += [found] if wanted & NEED_ALL_FEATURES else []
-                probabilities += [logits.softmax(dim=1)] if "is" in wanted and logits is not None else []
+                probabilities += (
+                    [logits.double().softmax(dim=1)] if "is" in wanted and logits is not None else []
+                )
             images += [part.cpu()] if "tstr" in wanted else []
         figures: dict[str, float] = {}
         real = self.statistics

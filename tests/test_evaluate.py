@@ -171,6 +171,26 @@ def test_the_global_random_state_stays():
     assert np.random.rand() == np.random.RandomState(3).rand()
 
 
+def test_figures_are_free_of_tf32(monkeypatch: pytest.MonkeyPatch):
+    def allowed() -> tuple[object, object]:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    class Watches(Draws):
+        def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
+            assert allowed() == (False, False)
+            return super().forward(z, c)
+
+    call = features.FeatureNetwork.__call__
+    seen = []
+    monkeypatch.setattr(
+        features.FeatureNetwork, "__call__", lambda net, images: seen.append(allowed()) or call(net, images)
+    )
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    before = allowed()
+    figures(gan(), "fid,ppl", Watches(), network="pixels", count=20, batch=1400, data="digits:test:edges")
+    assert seen == 3 * [(False, False)] and allowed() == before and before[1]
+
+
 # Perceptual path length
 
 
