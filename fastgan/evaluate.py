@@ -140,7 +140,7 @@ class Evaluator:
         if self.source:  # a folder's images come class by class, of which the first ones are no sample
             self.chosen = torch.from_numpy(self._rng().permutation(len(self.source))[: self.count])
         self.labels = self._labels()
-        self.held_out = self._held_out(test_data) if "tstr" in self.metrics else None
+        self.held_out = self._held_out(test_data, real) if "tstr" in self.metrics else None
         self.learner: FeatureNetwork | None = None  # what tstr has taught last
         self.network, self.statistics = None, {}
         if any(METRICS[name].of_features for name in self.metrics):
@@ -195,10 +195,10 @@ class Evaluator:
     def _rng(self) -> np.random.Generator:
         return np.random.default_rng([self.seed, 0, 2])  # three words, as latents come from two
 
-    def _held_out(self, test_data: str) -> ImageSet:
+    def _held_out(self, test_data: str, seen: str) -> ImageSet:
         if self.labels is None:
             raise UsageError("--metrics tstr needs labelled images; train with --cond or leave it out")
-        name = test_data or self.config.test_data or held_out_of(self.real.name)
+        name = test_data or self.config.test_data or held_out_of(seen)
         if not name:
             raise UsageError(
                 "--metrics tstr needs real images that the run has not seen: give --test-data, or train on "

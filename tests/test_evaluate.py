@@ -125,6 +125,10 @@ def test_tstr():
     other = cgan(data="digits:train:inverted")
     found = Evaluator(other, CPU, "tstr").held_out
     assert found is not None and found.name == "digits:test:inverted"
+    found = Evaluator(cgan(), CPU, "tstr", data="digits:test:edges").held_out
+    assert found is not None and found.name == "digits:test"
+    with pytest.raises(UsageError, match="--test-data"):  # the run has seen digits:test
+        Evaluator(cgan(data="digits"), CPU, "tstr", data="digits:train")
     found = Evaluator(cgan(test_data="digits:test:edges"), CPU, "tstr").held_out  # as in training
     assert found is not None and found.name == "digits:test:edges"
 
