@@ -150,15 +150,21 @@ class Evaluator:
 
     @classmethod
     def of_run(cls, config: Config, device: torch.device) -> "Evaluator":
-        """The one that training asks for by --metrics."""
-        return cls(
-            config,
-            device,
-            config.metrics,
-            network=config.eval_features,
-            test_data=config.test_data,
-            count=config.eval_count,
-        )
+        """The one that training asks for by --metrics. Its UsageError names the options of training."""
+        try:
+            return cls(
+                config,
+                device,
+                config.metrics,
+                network=config.eval_features,
+                test_data=config.test_data,
+                count=config.eval_count,
+            )
+        except UsageError as error:
+            said = str(error).replace(", or give --inception FILE", "")
+            for option in ("features", "count"):
+                said = said.replace(f"--{option}", f"--eval-{option}")
+            raise UsageError(said) from None
 
     def _check(self, network: str, translates: bool, to: str) -> None:
         arch = self.config.arch

@@ -464,6 +464,8 @@ def test_training_refuses_what_cannot_be_judged(tmp_path: Path, capsys: pytest.C
         ("--metrics fid --eval-every 9", ["--eval-every 9", "--kimg"]),
         ("--metrics tstr --eval-every 1", ["--metrics tstr", "--cond"]),
         ("--metrics fid --eval-every -1", ["--eval-every", "-1"]),
+        ("--metrics fid --eval-every 1 --eval-count 19", ["--eval-count", "19"]),
+        ("--metrics is --eval-every 1 --eval-features pixels", ["--eval-features pixels"]),
     ):
         assert run(tmp_path / "run", 64, *options.split()) == 2
         said = capsys.readouterr().err
