@@ -8,6 +8,7 @@ import copy
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from fastgan.sampling import latents
 LEAST = 20  # images: enough for ten splits of the Inception Score and five neighbours
 EPSILON = 1e-4  # length of a path for perceptual path length, as a share of the way between two latents
 UNKNOWN = "unknown"  # the filter of images that came in their size
-STATISTICS = "1"  # raise it when what is cached of the real images changes
+STATISTICS = "2"  # raise it when what is cached of the real images changes
 NEED_ALL_FEATURES = {"kid", "pr", "dc"}  # fid needs only their moments
 
 
@@ -66,15 +67,31 @@ def parser() -> cli.Parser:
         metavar="FILE",
         help="weights of --features inception (default: downloaded once into the cache)",
     )
-    p.add_argument("--test-data", default="", help="of tstr: real images that the run has not seen")
+    p.add_argument(
+        "--test-data",
+        default="",
+        help="of tstr: real images that the run has not seen (default: the run's own, or digits:test)",
+    )
     p.add_argument("--count", type=int, default=10000, help="number of generated images (default: 10000)")
     p.add_argument("--seed", type=int, default=0, help="seed of the latents and labels (default: 0)")
     p.add_argument("--batch", type=int, default=64, help="images computed at a time (default: 64)")
     p.add_argument("--truncation", type=float, default=1.0, help="as in generate (default: 1, off)")
-    p.add_argument("--to", choices=("a", "b"), default="b", help="of CycleGAN: domain to judge (default: b)")
+    p.add_argument("--to", choices=("a", "b"), default="", help="of CycleGAN: domain to judge (default: b)")
     p.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     return p
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """CUDA's fp32 is fp32: TF32 is coarser than a step of perceptual path length, and features by it are not
+    those of a CPU."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 class Evaluator:
@@ -96,9 +113,9 @@ class Evaluator:
         seed: int = 0,
         batch: int = 64,
         truncation: float = 1.0,
-        to: str = "b",
+        to: str = "",
     ):
-        self.config, self.device, self.to = config, device, to
+        self.config, self.device, self.to = config, device, to or "b"
         self.seed, self.batch, self.truncation = seed, batch, truncation
         try:
             self.metrics = metrics.parse(names)
@@ -106,12 +123,12 @@ class Evaluator:
             raise UsageError(f"--metrics: {error}") from None
         if not self.metrics:
             raise UsageError(f"--metrics names none; there are {', '.join(METRICS)}")
-        self._check(network)
-
         translates = getattr(family(config.arch).Generator, "translates", False)
-        real, other = (
-            (config.data_b, config.data) if translates and to == "b" else (config.data, config.data_b)
-        )
+        self._check(network, translates, to)
+
+        real, other = config.data, config.data_b
+        if translates and self.to == "b":
+            real, other = other, real
         self.real = self._load(data or real)
         self.source = self._load(other) if translates else None  # of images to translate
         self.count = min(count, len(self.source)) if self.source else count
@@ -120,8 +137,11 @@ class Evaluator:
                 f"metrics take {LEAST} images or more: there are {self.count} generated ones (--count) and "
                 f"{len(self.real)} of {self.real.name}"
             )
+        if self.source:  # a folder's images come class by class, of which the first ones are no sample
+            self.chosen = torch.from_numpy(self._rng().permutation(len(self.source))[: self.count])
         self.labels = self._labels()
-        self.held_out = self._held_out(test_data) if "tstr" in self.metrics else None
+        self.held_out = self._held_out(test_data, real) if "tstr" in self.metrics else None
+        self.learner: FeatureNetwork | None = None  # what tstr has taught last
         self.network, self.statistics = None, {}
         if any(METRICS[name].of_features for name in self.metrics):
             content = features.content_hash(self.real)
@@ -130,17 +150,24 @@ class Evaluator:
 
     @classmethod
     def of_run(cls, config: Config, device: torch.device) -> "Evaluator":
-        """The one that training asks for by --metrics."""
-        return cls(
-            config,
-            device,
-            config.metrics,
-            network=config.eval_features,
-            test_data=config.test_data,
-            count=config.eval_count,
-        )
+        """The one that training asks for by --metrics. Its UsageError names the options of training."""
+        try:
+            return cls(
+                config,
+                device,
+                config.metrics,
+                network=config.eval_features,
+                test_data=config.test_data,
+                count=config.eval_count,
+            )
+        except UsageError as error:
+            said = str(error).replace(", or give --inception FILE", "")
+            for option in ("features", "count"):
+                said = said.replace(f"--{option}", f"--eval-{option}")
+            raise UsageError(said) from None
 
-    def _check(self, network: str) -> None:
+    def _check(self, network: str, translates: bool, to: str) -> None:
+        arch = self.config.arch
         if "is" in self.metrics and network == "pixels":
             raise UsageError("--metrics is needs classes, which --features pixels does not give; use another")
         if "ppl" in self.metrics and network == "inception":
@@ -148,8 +175,12 @@ class Evaluator:
                 "--metrics ppl compares images finer than the 8 bits that --features inception takes; "
                 "use --features classifier"
             )
-        if "ppl" in self.metrics and getattr(family(self.config.arch).Generator, "translates", False):
-            raise UsageError(f"--metrics ppl needs latents: --arch {self.config.arch} has none; leave it out")
+        if translates and "ppl" in self.metrics:
+            raise UsageError(f"--metrics ppl needs latents: --arch {arch} has none; leave it out")
+        if translates and self.truncation != 1:
+            raise UsageError(f"--truncation needs latents: --arch {arch} has none; leave it out")
+        if to and not translates:
+            raise UsageError(f"--to is for --arch cyclegan: --arch {arch} translates nothing; leave it out")
 
     def _load(self, name: str) -> ImageSet:
         return images_for(self.config, name)
@@ -157,7 +188,7 @@ class Evaluator:
     def _labels(self) -> Tensor | None:
         """Labels int64 [count] of generated images: drawn from the real ones', or those of their source."""
         if self.source:
-            return None if self.source.labels is None else self.source.labels[: self.count]
+            return None if self.source.labels is None else self.source.labels[self.chosen]
         if not self.config.cond:
             return None
         if self.real.labels is None or len(self.real.classes) != self.config.c_dim:
@@ -165,13 +196,15 @@ class Evaluator:
                 f"the run knows {self.config.c_dim} classes, {self.real.name} has {len(self.real.classes)}; "
                 "use --data with the same classes"
             )
-        rng = np.random.default_rng([self.seed, 0, 2])  # three words, as latents come from two
-        return self.real.labels[torch.from_numpy(rng.integers(len(self.real), size=self.count))]
+        return self.real.labels[torch.from_numpy(self._rng().integers(len(self.real), size=self.count))]
 
-    def _held_out(self, test_data: str) -> ImageSet:
+    def _rng(self) -> np.random.Generator:
+        return np.random.default_rng([self.seed, 0, 2])  # three words, as latents come from two
+
+    def _held_out(self, test_data: str, seen: str) -> ImageSet:
         if self.labels is None:
             raise UsageError("--metrics tstr needs labelled images; train with --cond or leave it out")
-        name = test_data or held_out_of(self.real.name)
+        name = test_data or self.config.test_data or held_out_of(seen)
         if not name:
             raise UsageError(
                 "--metrics tstr needs real images that the run has not seen: give --test-data, or train on "
@@ -204,7 +237,7 @@ class Evaluator:
             return known | ({"features": torch.cat(parts)} if whole else {})
 
         settings = (STATISTICS, network.name, network.resize, network.checksum, whole)
-        with torch.no_grad():
+        with torch.no_grad(), without_tf32():
             found = cache.remember("reals", features.key(content, settings), make)
         return {name: tensor.to(self.device) for name, tensor in found.items()}
 
@@ -231,15 +264,17 @@ class Evaluator:
             about |= {"checksum": self.network.checksum}
         if self.held_out:
             about |= {"test": self.held_out.name, "tests": len(self.held_out)}
+        if self.learner:
+            about |= {"learner": self.learner.name, "learner_checksum": self.learner.checksum}
         return about
 
     def told(self, name: str) -> str:
         """The same in words, as far as it concerns the metric `name`."""
         if name == "tstr" and self.held_out:
-            return f"{self.count} samples to learn, {_described(self.held_out)} to test"
+            return f"{self.count} samples to teach {self.learner}, {_described(self.held_out)} to test it"
         words = f"{self.count} samples, {_described(self.real)}"
         if self.network:
-            words += f", {self.network.name} {self.network.checksum[:12]} (resize {self.network.resize})"
+            words += f", {self.network}"
         return words
 
     def lines(self, figures: dict[str, float]) -> list[str]:
@@ -269,7 +304,7 @@ class Evaluator:
     def measure(self, G: Generator) -> dict[str, float]:
         """Every figure of a generator in evaluation mode, by key. Global random states stay as they are."""
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.no_grad():
+        with torch.random.fork_rng(devices), torch.no_grad(), without_tf32():
             figures = self._of_samples(G)
             if "ppl" in self.metrics:
                 figures["ppl"] = self._path_length(G)
@@ -286,7 +321,9 @@ class Evaluator:
                 found, logits = self.network(part)
                 moments.add(found)
                 all_features += [found] if wanted & NEED_ALL_FEATURES else []
-                probabilities += [logits.softmax(dim=1)] if "is" in wanted and logits is not None else []
+                probabilities += (
+                    [logits.double().softmax(dim=1)] if "is" in wanted and logits is not None else []
+                )
             images += [part.cpu()] if "tstr" in wanted else []
         figures: dict[str, float] = {}
         real = self.statistics
@@ -308,13 +345,14 @@ class Evaluator:
             assert self.held_out is not None and self.held_out.labels is not None and self.labels is not None
             net = features.train_classifier(torch.cat(images), self.labels, len(self.held_out.classes))
             figures["tstr"] = features.accuracy(net, self.held_out.images, self.held_out.labels)
+            self.learner = features.named(net)
         return figures
 
     def _samples(self, G: Generator) -> Iterator[Tensor]:
         """Images uint8 [n, C, R, R] on the device, `count` in all; of two domains, those of the first."""
         for first in range(0, self.count, self.batch):
             if self.source:
-                real = self.source.images[first : min(first + self.batch, self.count)].to(self.device)
+                real = self.source.images[self.chosen[first : first + self.batch]].to(self.device)
                 images = G.translate(real / 127.5 - 1, self.to)
             else:
                 images = self._generated(G, *self._inputs(G, first))

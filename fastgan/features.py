@@ -45,6 +45,9 @@ class FeatureNetwork:
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.net(images)
 
+    def __str__(self) -> str:
+        return f"{self.name} {self.checksum[:12]} (resize {self.resize})"
+
 
 def make(
     name: str, data: ImageSet, content: str, device: torch.device, inception: Path | None = None
@@ -57,13 +60,17 @@ def make(
         file = inception or inception_weights()
         network = FeatureNetwork(name, Inception(file), "bilinear to 299x299", file_checksum(file))
     elif name == "classifier":
-        net = classifier_of(data, content)
-        network = FeatureNetwork(name, net, f"area to {net.side}x{net.side}", checksum(net))
+        network = named(classifier_of(data, content))
     else:
         side = min(data.images.shape[-1], MOST_PIXELS)
         network = FeatureNetwork(name, Pixels(), f"area to {side}x{side}", "none")
     network.net.to(device).eval().requires_grad_(False)
     return network
+
+
+def named(net: "Classifier") -> FeatureNetwork:
+    """A classifier as a feature network."""
+    return FeatureNetwork("classifier", net, f"area to {net.side}x{net.side}", checksum(net))
 
 
 def checksum(net: nn.Module) -> str:

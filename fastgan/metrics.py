@@ -87,13 +87,18 @@ def frechet(a: Moments, b: Moments) -> float:
 
         |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))
 
-    (Heusel et al. 2017, arXiv 1706.08500, equation 6). The trace of the root is the sum of the roots of
-    S_a S_b's eigenvalues, which are those of S_a^(1/2) S_b S_a^(1/2): symmetric, so real and not negative.
+    (Heusel et al. 2017, arXiv 1706.08500, equation 6). With S = R R^T, the trace of the root is the sum of
+    R_a^T R_b's singular values. S is singular where there are fewer images than features: what eigenvalues of
+    0 are rounded to is left out of R, as its root is no small number.
     """
+
+    def root(covariance: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(covariance)
+        least = len(values) * torch.finfo(values.dtype).eps * values[-1]
+        return vectors * torch.where(values > least, values, 0).sqrt()
+
     cov_a, cov_b = a.covariance, b.covariance
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    trace_of_root = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    trace_of_root = torch.linalg.svdvals(root(cov_a).T @ root(cov_b)).sum()
     means = (a.mean - b.mean).square().sum()
     return (means + cov_a.trace() + cov_b.trace() - 2 * trace_of_root).item()
 
@@ -149,10 +154,20 @@ def inception_score(probabilities: Tensor, splits: int = 10) -> tuple[float, flo
     return values.mean().item(), values.std(correction=0).item()
 
 
+def distances(x: Tensor, y: Tensor) -> Tensor:
+    """[N, M]: from each of x [N, F] to each of y [M, F], of their differences.
+
+    `torch.cdist` would rather multiply matrices. That loses the digits of features far from zero, and whether
+    two distances are equal, on which it depends what lies in a ball.
+    """
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 def neighbour_distance(x: Tensor, k: int) -> Tensor:
     """[N]: from each of x [N, F] to its k-th nearest other."""
     x = x.double()
-    return torch.cat([torch.cdist(part, x).kthvalue(k + 1, dim=1).values for part in x.split(BLOCK)])
+    nearest = [distances(part, x).topk(k + 1, largest=False).values for part in x.split(BLOCK)]
+    return torch.cat(nearest)[:, k]
 
 
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
@@ -162,14 +177,14 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
     is the share of generated images [M, F] within the real manifold, recall that of real ones [N, F] within
     the generated.
     """
-
-    def share(x: Tensor, of: Tensor) -> float:
-        radius = neighbour_distance(of, k)
-        inside = [(torch.cdist(part, of) <= radius).any(dim=1) for part in x.split(BLOCK)]
-        return torch.cat(inside).double().mean().item()
-
     real, generated = real.double(), generated.double()
-    return share(generated, real), share(real, generated)
+    reach = neighbour_distance(generated, k)
+    precise, recalled = torch.zeros_like(reach, dtype=torch.bool), 0
+    for part, radius in zip(real.split(BLOCK), neighbour_distance(real, k).split(BLOCK), strict=True):
+        apart = distances(part, generated)
+        precise |= (apart <= radius[:, None]).any(dim=0)
+        recalled += (apart <= reach).any(dim=1).sum()
+    return float(precise.sum()) / len(generated), float(recalled) / len(real)
 
 
 def density_coverage(real: Tensor, generated: Tensor, k: int = 5) -> tuple[float, float]:
@@ -183,7 +198,7 @@ def density_coverage(real: Tensor, generated: Tensor, k: int = 5) -> tuple[float
     inside = nearest = 0
     radius = neighbour_distance(real, k)
     for part, reach in zip(real.split(BLOCK), radius.split(BLOCK), strict=True):
-        within = torch.cdist(part, generated) < reach[:, None]
+        within = distances(part, generated) < reach[:, None]
         inside += within.sum()
         nearest += within.any(dim=1).sum()
     return float(inside) / (k * len(generated)), float(nearest) / len(real)

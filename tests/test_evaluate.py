@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -113,15 +114,23 @@ def test_labels_are_drawn_as_the_data_has_them(tmp_path: Path):
 
 
 def test_tstr():
-    assert figures(cgan(), "tstr", Draws(), count=1400)["tstr"] > 0.85
-    assert figures(cgan(), "tstr", Draws(shift=1), count=1400)["tstr"] < 0.1
     judged = Evaluator(cgan(), CPU, "tstr", count=1400)
+    found = judged.measure(Draws())
+    assert found["tstr"] > 0.85 and figures(cgan(), "tstr", Draws(shift=1), count=1400)["tstr"] < 0.1
     assert judged.network is None and judged.held_out is not None and judged.held_out.name == "digits:test"
-    (line,) = judged.lines({"tstr": 0.9})
-    assert line == "TSTR/CAS  0.9         1400 samples to learn, 397 of digits:test (resize bicubic) to test"
+    (line,), learner = judged.lines(found), judged.learner
+    assert learner is not None and judged.about["learner_checksum"] == learner.checksum
+    told = f"1400 samples to teach classifier {learner.checksum[:12]} (resize area to 8x8)"
+    assert line.startswith(f"TSTR/CAS  {found['tstr']:<10.5g}  {told}, 397 of digits:test (resize bicubic)")
     other = cgan(data="digits:train:inverted")
     found = Evaluator(other, CPU, "tstr").held_out
     assert found is not None and found.name == "digits:test:inverted"
+    found = Evaluator(cgan(), CPU, "tstr", data="digits:test:edges").held_out
+    assert found is not None and found.name == "digits:test"
+    with pytest.raises(UsageError, match="--test-data"):  # the run has seen digits:test
+        Evaluator(cgan(data="digits"), CPU, "tstr", data="digits:train")
+    found = Evaluator(cgan(test_data="digits:test:edges"), CPU, "tstr").held_out  # as in training
+    assert found is not None and found.name == "digits:test:edges"
 
 
 def test_statistics_of_the_real_images_are_remembered(monkeypatch: pytest.MonkeyPatch):
@@ -164,6 +173,26 @@ def test_the_global_random_state_stays():
     figures(cgan(), "fid,kid,tstr,ppl", Draws(), count=40)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert np.random.rand() == np.random.RandomState(3).rand()
+
+
+def test_figures_are_free_of_tf32(monkeypatch: pytest.MonkeyPatch):
+    def allowed() -> tuple[object, object]:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    class Watches(Draws):
+        def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
+            assert allowed() == (False, False)
+            return super().forward(z, c)
+
+    call = features.FeatureNetwork.__call__
+    seen = []
+    monkeypatch.setattr(
+        features.FeatureNetwork, "__call__", lambda net, images: seen.append(allowed()) or call(net, images)
+    )
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    before = allowed()
+    figures(gan(), "fid,ppl", Watches(), network="pixels", count=20, batch=1400, data="digits:test:edges")
+    assert seen == 3 * [(False, False)] and allowed() == before and before[1]
 
 
 # Perceptual path length
@@ -230,6 +259,22 @@ def test_cyclegan_is_judged_by_its_translations():
     )  # it does not invert
 
 
+def test_what_cyclegan_translates_is_a_sample_of_all_classes(tmp_path: Path):
+    """A folder's images come class by class: a score of the first ones, or its splits, would see only one."""
+    for name, value in (("a", 0), ("b", 255)):
+        (tmp_path / name).mkdir()
+        for i in range(50):
+            Image.new("L", (8, 8), value).save(tmp_path / name / f"{i}.png")
+    config = tiny_config("cyclegan", data=str(tmp_path), data_b="digits:test", channels=1)
+    judged = Evaluator(config, CPU, "fid", network="pixels", count=40)
+    same = SimpleNamespace(translate=lambda images, to: images)
+    means = torch.cat(list(judged._samples(same))).float().mean(dim=(1, 2, 3))  # type: ignore[arg-type]
+    assert judged.labels is not None and torch.equal(means, judged.labels * 255.0)
+    assert 0.2 < judged.labels.float().mean() < 0.8 and judged.labels.diff().any()
+    other = Evaluator(config, CPU, "fid", network="pixels", count=40, seed=1).labels
+    assert other is not None and not torch.equal(judged.labels, other)
+
+
 @pytest.mark.parametrize("arch", TINY)
 def test_every_family(arch: str):
     config = tiny_config(arch, data="digits:train") if arch != "cogan" else tiny_config(arch)
@@ -255,6 +300,8 @@ def test_every_family(arch: str):
         (lambda: cgan(classes=3), "fid", {}, ["3 classes", "digits:train has 10", "--data"]),
         (gan, "fid", {"count": 19}, ["20 images", "19", "--count"]),
         (lambda: tiny_config("cyclegan"), "ppl", {}, ["--metrics ppl", "cyclegan"]),
+        (lambda: tiny_config("cyclegan"), "fid", {"truncation": 0.5}, ["--truncation", "cyclegan"]),
+        (gan, "fid", {"to": "a"}, ["--to", "cyclegan", "--arch gan"]),
     ],
 )
 def test_errors(config: Any, names: str, options: dict[str, Any], words: list[str]):
@@ -417,6 +464,8 @@ def test_training_refuses_what_cannot_be_judged(tmp_path: Path, capsys: pytest.C
         ("--metrics fid --eval-every 9", ["--eval-every 9", "--kimg"]),
         ("--metrics tstr --eval-every 1", ["--metrics tstr", "--cond"]),
         ("--metrics fid --eval-every -1", ["--eval-every", "-1"]),
+        ("--metrics fid --eval-every 1 --eval-count 19", ["--eval-count", "19"]),
+        ("--metrics is --eval-every 1 --eval-features pixels", ["--eval-features pixels"]),
     ):
         assert run(tmp_path / "run", 64, *options.split()) == 2
         said = capsys.readouterr().err

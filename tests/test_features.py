@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor
@@ -77,10 +78,12 @@ def test_the_classifier_is_remembered_and_repeats_itself(monkeypatch: pytest.Mon
 def test_a_damaged_cache_is_made_anew():
     first = network(digits())
     (file,) = cache.location("").parent.glob("classifier-*")
-    file.write_bytes(file.read_bytes()[:-9])
-    with pytest.warns(UserWarning, match=r"damaged.*classifier"):
+    foreign = safetensors.torch.save({"a": torch.zeros(1)})
+    for content in (file.read_bytes()[:-9], b"", foreign):
+        file.write_bytes(content)
+        with pytest.warns(UserWarning, match=r"damaged.*classifier"):
+            assert network(digits()).checksum == first.checksum
         assert network(digits()).checksum == first.checksum
-    assert network(digits()).checksum == first.checksum
 
 
 @pytest.mark.usefixtures("quick")

@@ -101,14 +101,28 @@ def test_scores_of_a_set_with_itself():
     x = normal(300, 4)
     assert metrics.frechet(Moments(x), Moments(x)) == pytest.approx(0, abs=1e-10)
     assert metrics.precision_recall(x, x.clone()) == (1, 1)
-    density, coverage = metrics.density_coverage(x, x.clone())
-    assert coverage == 1
-    assert density == pytest.approx(1, abs=0.01)  # balls are open and reach the 5th: itself and four others
+    assert metrics.density_coverage(x, x.clone()) == (1, 1)  # open balls, up to the 5th: itself and four
 
 
-def test_fewer_features_than_samples_are_no_trouble():
-    a, b = normal(20, 40), normal(30, 40, seed=1)  # singular covariances
-    assert np.isfinite(metrics.frechet(Moments(a), Moments(b)))
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_what_lies_on_the_rim_of_a_ball(offset: float):
+    x = normal(90, 40) + offset
+    want = torch.stack([(row - x).square().sum(dim=1).sqrt().sort().values[3] for row in x])
+    torch.testing.assert_close(metrics.neighbour_distance(x, 3), want, rtol=1e-12, atol=0)
+    assert metrics.density_coverage(x, x.flip(0)) == (1, 1)
+    twice = x[:45].repeat(2, 1)  # balls of radius 0 when k is 1
+    assert metrics.precision_recall(twice, x, k=1) == (0.5, 1)
+    assert metrics.density_coverage(twice, x, k=1) == (0, 0)
+
+
+def test_frechet_distance_of_fewer_images_than_features():
+    a, b = normal(20, 300), 2 * normal(30, 300, seed=1)
+    # The trace of the root is the sum of singular values of A B^T, of centred rows over (N - 1)^(1/2).
+    x, y = ((rows - rows.mean(dim=0)) / (len(rows) - 1) ** 0.5 for rows in (a, b))
+    parts = [(a.mean(dim=0) - b.mean(dim=0)).square().sum(), x.square().sum(), y.square().sum()]
+    want = (sum(parts) - 2 * torch.linalg.svdvals(x @ y.T).sum()).item()
+    assert metrics.frechet(Moments(a), Moments(b)) == pytest.approx(want, rel=1e-12)
+    assert metrics.frechet(Moments(a), Moments(a)) == pytest.approx(0, abs=1e-10)
 
 
 def test_unbiased_mmd_averages_to_zero():

@@ -66,7 +66,7 @@ def remember(what: str, key: str, make: Callable[[], dict[str, torch.Tensor]]) -
     path = location(f"{what}-{key}")
     if os.path.exists(path):
         try:
-            return load_tensors(path)[0]
+            return load_tensors(path, checked=True)[0]
         except (OSError, ValueError) as error:
             warnings.warn(f"ignored the damaged cache file ({error}); it is made anew", stacklevel=2)
     tensors = make()
