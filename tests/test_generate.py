@@ -159,6 +159,49 @@ def test_a_stylegan_has_its_two_networks(arch: str, files: dict[str, Path]):
     assert torch.equal(G(z, noise=given), G.synthesis(ws, given))
 
 
+def test_a_stylegans_parts_take_what_the_whole_takes(files: dict[str, Path]):
+    G = fastgan.load(files["styles"], device="cpu")
+    z, labels = np.random.default_rng(0).standard_normal((3, G.z_dim)), [2, 0, 1]
+    ws = G.mapping(z, labels)
+    assert torch.equal(ws, G.mapping(z=torch.from_numpy(z)[:, :, None, None], c=torch.eye(3)[labels]))
+    assert G.mapping.w_avg is G.net.mapping.w_avg
+    for noise in sampling.NOISES:
+        assert torch.equal(G.synthesis(ws.double().numpy(), noise), G(z, labels, noise=noise))
+        assert torch.equal(G.synthesis(ws, noise=noise), G(z, labels, noise=noise))
+    near = G.mapping(z, labels, 0.5, truncation_cutoff=1)
+    assert torch.equal(G.synthesis(near), G(z, labels, 0.5, truncation_cutoff=1))
+    for noise in (None, "loud", torch.zeros(3, 5)):
+        with pytest.raises(ValueError, match="noise must be"):
+            G(z, labels, noise=noise)
+    with pytest.raises(ValueError, match=r"w must be \[N, 4, w_dim\]"):
+        G.synthesis(ws[:, 0])
+    with pytest.raises(ValueError, match="c must be given"):
+        G.mapping(z)
+
+
+def test_loaded_networks_say_what_they_take(files: dict[str, Path]):
+    G, D = (fastgan.load(files["gan"], network, device="cpu") for network in ("generator", "discriminator"))
+    assert not G.training and not D.training
+    with pytest.raises(ValueError, match="knows no classes"):
+        G(torch.zeros(2, G.z_dim), [0, 1])
+    for label in (0, "0", [0]):
+        with pytest.raises(ValueError, match="label must be None"):
+            G.sample(1, label=label)
+    for label in (3, "0", [0]):
+        with pytest.raises(ValueError, match="label must be a number from 0 to 2"):
+            fastgan.load(files["cgan"], device="cpu").sample(1, label=label)
+    with pytest.raises(ValueError, match="seed must be"):
+        G.sample(1, seed=-1)
+    pairs = fastgan.load(files["cyclegan"], "discriminator", "cpu")
+    size = G.config.resolution
+    for net, channels in ((D, 3), (fastgan.load(files["cyclegan"], device="cpu"), 3), (pairs, 6)):
+        good = torch.zeros(2, channels, size, size)
+        net(good)
+        for bad in (good[0], good[:, 1:], good.byte()):
+            with pytest.raises(ValueError, match=rf"images must be floats in -1..1 \[N, {channels}, H, W\]"):
+                net(bad)
+
+
 def test_networks_without_styles_have_no_mapping_and_nothing_to_truncate(files: dict[str, Path]):
     G = fastgan.load(files["dcgan"], device="cpu")
     assert not hasattr(G, "mapping") and not hasattr(G, "synthesis")
