@@ -16,16 +16,17 @@ from fastgan.config import Config, UsageError
 from fastgan.equalized import FullyConnected, StyleGenerator
 from fastgan.images import side_by_side, to_uint8
 from fastgan.models import Generator, stylegan
+from fastgan.sampling import noises
 
 SAMPLES = 10_000  # of w, for its mean and principal components
 
 
 @torch.no_grad()
-def points(G: Generator, z: Tensor, c: Tensor | None, truncation: float) -> Tensor:
+def points(G: Generator, z: Tensor, c: Tensor | None, truncation: float, cutoff: int | None = None) -> Tensor:
     """ws [N, num_ws, w_dim] of z [N, z_dim], or z itself where there is no w."""
     if not isinstance(G, StyleGenerator):
         return z
-    return G.mapping(z, None if c is None else c.expand(len(z), -1), truncation)
+    return G.mapping(z, None if c is None else c.expand(len(z), -1), truncation, cutoff)
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
@@ -206,14 +207,29 @@ def shifted(points: Tensor, shift: Tensor, layers: Sequence[int]) -> Tensor:
 
 
 @torch.inference_mode()
-def pictures(G: Generator, config: Config, points: Tensor, c: Tensor | None, batch: int = 64) -> np.ndarray:
+def pictures(
+    G: Generator,
+    config: Config,
+    points: Tensor,
+    c: Tensor | None,
+    batch: int = 64,
+    noise: str = "const",
+    seed: int = 0,
+) -> np.ndarray:
     """uint8 [N, R, R, C] from ws [N, num_ws, w_dim] or z [N, z_dim], all of the class c [1, c_dim].
 
-    A family of two domains gives pairs side by side, [N, R, 2R, C].
+    `noise` of a StyleGAN as of a `sampling.Plan`. A family of two domains gives pairs side by side,
+    [N, R, 2R, C].
     """
     parts = []
-    for part in points.split(batch):
-        label = None if c is None else c.expand(len(part), -1)
-        images = G.synthesis(part) if isinstance(G, StyleGenerator) else G(part, label)
+    for first in range(0, len(points), batch):
+        part = points[first : first + batch]
+        if not isinstance(G, StyleGenerator):
+            images = G(part, None if c is None else c.expand(len(part), -1))
+        elif noise == "random":
+            drawn = noises(seed, len(part), G.synthesis.noise_size, first)
+            images = G.synthesis(part, drawn.to(part.device))
+        else:
+            images = G.synthesis(part, noise)
         parts.append(side_by_side(images) if config.domains == 2 else to_uint8(images))
     return np.concatenate(parts)

@@ -285,6 +285,14 @@ def test_given_latents_and_labels(arch: str, files: dict[str, Path], tmp_path: P
     assert two["labels"].tolist() == [2] * 5
 
 
+@pytest.mark.parametrize("arch", STYLED)
+def test_a_truncation_of_0_shows_the_mean(arch: str, files: dict[str, Path], tmp_path: Path):
+    made = arrays(files[arch], tmp_path, "--count", "3", "--truncation", "0", "--float")["images"]
+    G = fastgan.load(files[arch], device="cpu")
+    mean = G.synthesis(G.mapping.w_avg.expand(3, G.synthesis.num_ws, -1))
+    np.testing.assert_allclose(made, mean, rtol=0, atol=1e-5)
+
+
 def test_floats_are_not_clamped(files: dict[str, Path], tmp_path: Path):
     loud = networks(tiny_config("stylegan"))
     loud.generator["synthesis.b8.torgb.bias"] += 3
@@ -537,7 +545,10 @@ def test_a_run_folder_holds_both_networks(tmp_path: Path):
         ("gan", "--seed -1", ["--seed", "-1"]),
         ("gan", "--truncation 2", ["--truncation", "2"]),
         ("gan", "--truncation-cutoff 1", ["--truncation-cutoff", "gan"]),
+        ("gan", "--truncation 0", ["--truncation 0", "gan"]),
+        ("stylegan", "--truncation -0.5", ["--truncation", "-0.5"]),
         ("stylegan", "--truncation-cutoff 9", ["--truncation-cutoff", "4", "9"]),
+        ("stylegan", "--truncation-cutoff -1", ["--truncation-cutoff", "4", "-1"]),
         ("gan", "--class 1", ["--class", "--cond"]),
         ("cgan", "--class 3", ["--class", "2", "3"]),
         ("gan", "--translate photos", ["--translate", "gan"]),
@@ -561,7 +572,8 @@ def test_a_run_folder_holds_both_networks(tmp_path: Path):
         ("cgan", "--latents z.npy --labels z.npy", ["--labels", "[4, 3]", "[4, 8]"]),
         ("cyclegan", "--latents z.npy", ["--latents", "cyclegan"]),
         ("cyclegan", "--truncation 0.5", ["--truncation", "cyclegan"]),
-        ("cyclegan", "--translate nowhere", ["nowhere"]),
+        ("cyclegan", "--translate nowhere", ["--translate", "nowhere"]),
+        ("cyclegan", "--translate wide", ["--translate", "wide.png is 12x9", "fastgan.prepare"]),
         ("cyclegan", "--count 1798", ["1798", "1797"]),
         ("gan", "--device tpu", ["--device", "tpu"]),
     ],
@@ -577,6 +589,8 @@ def test_bad_options(
 ):
     monkeypatch.chdir(tmp_path)
     Path("text").write_text("no array")
+    Path("wide").mkdir()
+    Image.new("RGB", (12, 9)).save("wide/wide.png")
     np.save("objects.npy", np.array([{}, None]), allow_pickle=True)
     z = np.ones((4, 8), np.float32)
     for name, array in {

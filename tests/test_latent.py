@@ -35,7 +35,7 @@ from fastgan.latent import (
 )
 from fastgan.projection import Projection, load_discriminator, noise_regularizer, project
 from fastgan.run_folder import save_generator
-from fastgan.sampling import latents
+from fastgan.sampling import latents, noises
 
 STYLED = ["stylegan", "stylegan1"]
 
@@ -386,6 +386,11 @@ def test_a_target_is_the_centre_of_its_image(tmp_path: Path):
     assert target.shape == (1, 3, 8, 8)
     assert torch.allclose(target, torch.tensor([1, -1, -0.6])[:, None, None])
     assert read_target(tmp_path / "wide.png", tiny_config("stylegan", channels=1)).shape == (1, 1, 8, 8)
+    see_through = np.full((8, 8, 4), 200, np.uint8)
+    see_through[:, :4, 3] = 0
+    save_image(tmp_path / "alpha.png", see_through)
+    target = read_target(tmp_path / "alpha.png", tiny_config("stylegan", channels=4))
+    assert target.shape == (1, 4, 8, 8) and (target[..., :4] == -1).all() and (target[..., 4:] > 0).all()
 
 
 def test_the_discriminator_of_a_run(runs: Path):
@@ -425,6 +430,7 @@ def test_movies(form: str, way: str, runs: Path, tmp_path: Path):
                 movie.load()
                 assert movie.info["loop"] == 0
                 assert movie.info["duration"] == 50
+            assert not list(out.glob(".*"))
 
 
 def test_stills_of_an_interpolation(runs: Path, tmp_path: Path):
@@ -440,6 +446,22 @@ def test_stills_of_an_interpolation(runs: Path, tmp_path: Path):
     assert len(image) == height
     for y, x, seed in ((2, 0, 0), (2, 40, 1), (12, 0, 1), (12, 40, 2)):
         assert abs(image[y : y + 8, x : x + 8] - seeds[seed]).max() <= 1
+
+
+def test_noise_and_truncation_in_the_latent_space(tmp_path: Path):
+    config, G = tiny_config("stylegan"), generator("stylegan")
+    G.mapping.w_avg += 1
+    save_generator(
+        tmp_path / "generator.safetensors", {f"ema.{k}": t for k, t in G.state_dict().items()}, config, 0
+    )
+    asked = ["--interpolate", "lerp", "--seeds", "4,5", "--frames", "1", "--zoom", "1", "--seed", "9"]
+    asked += ["--truncation", "0.5", "--truncation-cutoff", "1"]
+    ws = torch.cat([G.mapping(latents(seed, 1, G.z_dim), None, 0.5, 1) for seed in (4, 5)])
+    for noise in ("none", "random"):
+        assert make(tmp_path, tmp_path, *asked, "--noise", noise) == 0
+        given = noises(9, 2, G.synthesis.noise_size) if noise == "random" else noise
+        wanted = sheet(to_uint8(G.synthesis(ws, given))[None], ["seed 4"])
+        assert abs(picture(tmp_path / "interpolation.png").astype(int) - wanted).max() <= 1
 
 
 def test_pairs_are_shown_side_by_side(runs: Path, tmp_path: Path):
@@ -463,6 +485,8 @@ def test_mp4_by_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     data = (tmp_path / "a b.mp4").read_bytes()
     assert data.endswith(frames.tobytes())
     assert b"-pix_fmt rgb24 -s 7x5 -r 12 " in data
+    save_movie(tmp_path / "a b.mp4", np.zeros((3, 5, 7, 4), np.uint8), 12)
+    assert b"-pix_fmt rgba -s 7x5 " in (tmp_path / "a b.mp4").read_bytes()
     with pytest.raises(UsageError, match=r"not today.*gif"):
         save_movie(tmp_path / "b.mp4", np.zeros((2, 9, 9, 1), np.uint8), 12)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a b.mp4", "bin"]
@@ -514,6 +538,16 @@ BAD = [
     ("cgan", "--interpolate slerp", ["conditional", "--class"]),
     ("cogan", "--project {image}", ["cogan", "pairs"]),
     ("cyclegan", "--interpolate lerp", ["cyclegan", "--translate"]),
+    ("stylegan", "--interpolate lerp --count 3", ["--count", "--interpolate"]),
+    ("stylegan", "--interpolate lerp --fps 9", ["--fps", "--movie"]),
+    ("stylegan", "--mix --format npz --float", ["--format", "--mix"]),
+    ("stylegan", "--mix --truncation-cutoff -1", ["--truncation-cutoff", "0 and 4", "-1"]),
+    ("stylegan", "--directions 2 --latents z.npy", ["--latents", "--directions"]),
+    ("stylegan", "--project {image} --truncation 0.5", ["--truncation", "--project"]),
+    ("stylegan", "--project {image} --noise none", ["--noise", "--project"]),
+    ("stylegan", "--direction 1 --strength nan", ["--strength", "nan"]),
+    ("dcgan", "--interpolate slerp --truncation 0", ["--truncation 0", "dcgan"]),
+    ("stylegan", "--mix --out {image}/below", ["image.png/below", "Not a directory"]),
 ]
 
 
