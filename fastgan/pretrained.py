@@ -75,6 +75,8 @@ def read_own(path: Path | str) -> Pretrained:
         )
     try:
         tensors, header = load_tensors(file)
+        if "config" not in header and any(name.startswith("ema.") for name in tensors):
+            raise ValueError("it is a checkpoint of training; take the folder of its run")
         if not header.keys() >= {"config", "images"}:
             raise ValueError("its header has no config; python -m fastgan.convert reads public checkpoints")
         config, images = read_config(header["config"]), header["images"]

@@ -532,6 +532,8 @@ def test_a_run_folder_holds_both_networks(tmp_path: Path):
     assert generate.main(["--run", str(folder), *out]) == 0
     weights, config = load_generator(folder)
     assert config == G.config and weights.keys() == G.net.state_dict().keys()
+    with pytest.raises(UsageError, match="a checkpoint of training; take the folder of its run"):
+        fastgan.load(checkpoints(folder / "checkpoints")[0])
     (folder / "checkpoints").rename(tmp_path / "elsewhere")
     with pytest.raises(UsageError, match="no discriminator"):
         fastgan.load(folder, network="discriminator")
