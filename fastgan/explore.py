@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,6 +161,15 @@ def check(args: argparse.Namespace, config: Config, G: Generator) -> None:
         raise UsageError("--movie mp4 needs ffmpeg, which is not here; install it or use --movie gif or webp")
 
 
+def running(args: argparse.Namespace) -> dict[str, Any]:
+    """How the pictures are computed, as `sampling.in_chunks` takes it."""
+
+    def announce(message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+    return {"compile": args.compile, "ahead": args.batch, "announce": announce}
+
+
 def run(G: Generator, config: Config, args: argparse.Namespace) -> str | None:
     """Do what `args` ask of the latent space, with G frozen in eval mode, and say what came of it.
 
@@ -270,7 +280,7 @@ def _truncation(args: argparse.Namespace) -> tuple[float, int | None]:
 
 
 def _drawing(args: argparse.Namespace) -> dict[str, Any]:
-    return {"batch": args.batch, "noise": args.noise, "seed": args.seed}
+    return {"noise": args.noise, "seed": args.seed, **running(args)}
 
 
 def _consecutive(seed: int, count: int) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -245,7 +244,7 @@ def _sampling(args: argparse.Namespace, G: LoadedGenerator) -> Job:
     plan = Plan(count, args.seed, args.truncation, args.truncation_cutoff, args.noise, z, c)
     width = len(str(max(G.c_dim - 1, 0)))
     names = tuple(f"{label:0{width}d}" for label in range(G.c_dim))
-    return Job(count, samples(G, plan, finish, **_running(args)), c, names)
+    return Job(count, samples(G, plan, finish, **explore.running(args)), c, names)
 
 
 def _translating(args: argparse.Namespace, G: LoadedTranslator) -> Job:
@@ -275,15 +274,8 @@ def _translating(args: argparse.Namespace, G: LoadedTranslator) -> Job:
         channels = max(real.shape[1], fake.shape[1])  # gray beside colours becomes gray in three channels
         return quantize(torch.cat([x.expand(-1, channels, -1, -1) for x in (real, fake)], dim=3))
 
-    chunks = translations(G, found.images[:count], to, finish, **_running(args))
+    chunks = translations(G, found.images[:count], to, finish, **explore.running(args))
     return Job(count, chunks, None if found.labels is None else found.labels[:count].numpy(), found.classes)
-
-
-def _running(args: argparse.Namespace) -> dict[str, Any]:
-    def announce(message: str) -> None:
-        print(message, file=sys.stderr, flush=True)
-
-    return {"compile": args.compile, "ahead": args.batch, "announce": announce}
 
 
 def _count(asked: int | None, there: int, source: str) -> int:

@@ -5,7 +5,8 @@ A point of it is what a picture is made from: ws [num_ws, w_dim] of a StyleGAN, 
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 
 from fastgan.config import Config, UsageError
 from fastgan.equalized import FullyConnected, StyleGenerator
-from fastgan.images import side_by_side, to_uint8
+from fastgan.images import join_pair, quantize
 from fastgan.models import Generator, stylegan
-from fastgan.sampling import noises
+from fastgan.sampling import chunk_size, in_chunks, noises
 
 SAMPLES = 10_000  # of w, for its mean and principal components
 
@@ -206,30 +207,35 @@ def shifted(points: Tensor, shift: Tensor, layers: Sequence[int]) -> Tensor:
     return points + inside * shift.unsqueeze(-2)
 
 
-@torch.inference_mode()
 def pictures(
     G: Generator,
     config: Config,
     points: Tensor,
     c: Tensor | None,
-    batch: int = 64,
     noise: str = "const",
     seed: int = 0,
+    **running: Any,
 ) -> np.ndarray:
     """uint8 [N, R, R, C] from ws [N, num_ws, w_dim] or z [N, z_dim], all of the class c [1, c_dim].
 
-    `noise` of a StyleGAN as of a `sampling.Plan`. A family of two domains gives pairs side by side,
-    [N, R, 2R, C].
+    `noise` of a StyleGAN as of a `sampling.Plan`; `running` as for `in_chunks`. A family of two domains gives
+    pairs side by side, [N, R, 2R, C].
     """
-    parts = []
-    for first in range(0, len(points), batch):
-        part = points[first : first + batch]
-        if not isinstance(G, StyleGenerator):
-            images = G(part, None if c is None else c.expand(len(part), -1))
-        elif noise == "random":
-            drawn = noises(seed, len(part), G.synthesis.noise_size, first)
-            images = G.synthesis(part, drawn.to(part.device))
-        else:
-            images = G.synthesis(part, noise)
-        parts.append(side_by_side(images) if config.domains == 2 else to_uint8(images))
-    return np.concatenate(parts)
+
+    def inputs(first: int, count: int) -> tuple[Tensor | None, ...]:
+        drawn = None
+        if isinstance(G, StyleGenerator) and noise == "random":
+            drawn = noises(seed, count, G.synthesis.noise_size, first)
+        return points[first : first + count], None if c is None else c.expand(count, -1), drawn
+
+    def finish(images: Tensor) -> Tensor:
+        return quantize(join_pair(images) if config.domains == 2 else images)
+
+    run, size = partial(_picture, noise=noise), chunk_size(config.resolution, points.device)
+    return np.concatenate(list(in_chunks(G, run, len(points), size, inputs, finish, **running)))
+
+
+def _picture(G: Generator, points: Tensor, c: Tensor | None, drawn: Tensor | None, noise: str) -> Tensor:
+    if not isinstance(G, StyleGenerator):
+        return G(points, c)
+    return G.synthesis(points, noise if drawn is None else drawn)
