@@ -57,7 +57,7 @@ APPLIES = {  # the modes that a flag is for
 }
 PLAIN = ("count", "format", "raw", "latents", "labels", "translate", "to")  # not for sheets and movies
 NEUTRAL = {"truncation": 1.0, "noise": "const"}
-FIXED = ("truncation", "truncation_cutoff", "noise")  # not for a projection, which finds w and noise itself
+FIXED = ("truncation", "truncation_cutoff", "noise", "compile")  # not for a projection, a loop of its own
 
 
 def add_flags(p: cli.Parser) -> None:

@@ -554,6 +554,7 @@ BAD = [
     ("stylegan", "--directions 2 --latents z.npy", ["--latents", "--directions"]),
     ("stylegan", "--project {image} --truncation 0.5", ["--truncation", "--project"]),
     ("stylegan", "--project {image} --noise none", ["--noise", "--project"]),
+    ("stylegan", "--project {image} --compile", ["--compile", "--project"]),
     ("stylegan", "--direction 1 --strength nan", ["--strength", "nan"]),
     ("dcgan", "--interpolate slerp --truncation 0", ["--truncation 0", "dcgan"]),
     ("stylegan", "--mix --out {image}/below", ["image.png/below", "Not a directory"]),
