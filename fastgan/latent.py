@@ -31,20 +31,18 @@ def points(G: Generator, z: Tensor, c: Tensor | None, truncation: float, cutoff:
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """From a [..., D] (t = 0) to b (t = 1) along the circle through both: the angle grows in proportion to t,
-    and so does the length, from |a| to |b|.
+    """From a [..., D] (t = 0) to b (t = 1) along the circle through both, if they are of one length:
 
-        |x(t)| (cos(t theta) u + sin(t theta) v),  u = a / |a|, v = the unit vector of b's part across a
+        (sin((1 - t) theta) a + sin(t theta) b) / sin(theta),  theta the angle between a and b
 
+    and straight where they are parallel (Shoemake 1985, "Animating rotation with quaternion curves").
     Normal z of many dimensions lie near a sphere, which straight lines leave (White 2016, arXiv:1609.04468).
     """
     x, y = a.double(), b.double()
-    u = F.normalize(x, dim=-1)
-    along = (y * u).sum(dim=-1, keepdim=True)
-    across = y - along * u
-    theta = t * torch.atan2(across.norm(dim=-1, keepdim=True), along)
-    length = torch.lerp(x.norm(dim=-1, keepdim=True), y.norm(dim=-1, keepdim=True), t)
-    return (length * (theta.cos() * u + theta.sin() * F.normalize(across, dim=-1))).to(a.dtype)
+    u, v = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+    theta = 2 * torch.atan2((u - v).norm(dim=-1, keepdim=True), (u + v).norm(dim=-1, keepdim=True))
+    turned = (((1 - t) * theta).sin() * x + (t * theta).sin() * y) / theta.sin()
+    return torch.where(theta.sin() < 1e-6, torch.lerp(x, y, t), turned).to(a.dtype)
 
 
 def ways(

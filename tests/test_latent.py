@@ -82,16 +82,25 @@ def plain(run: Path, out: Path, *more: str) -> np.ndarray:
 
 
 def test_slerp_turns_at_constant_speed():
-    rng = np.random.default_rng(0)
-    a, b = (torch.from_numpy(rng.standard_normal((3, 40)) * scale) for scale in (1.0, 1.7))
+    a, b = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, 40)))
+    b = b * (a.norm(dim=-1) / b.norm(dim=-1))[:, None]
     assert torch.allclose(slerp(a, b, 0.0), a)
     assert torch.allclose(slerp(a, b, 1.0), b)
     steps = torch.stack([slerp(a, b, i / 10) for i in range(11)])
-    lengths = steps.norm(dim=-1)
-    turns = torch.acos((steps[1:] * steps[:-1]).sum(dim=-1) / (lengths[1:] * lengths[:-1]))
-    whole = torch.acos((a * b).sum(dim=-1) / (a.norm(dim=-1) * b.norm(dim=-1)))
+    assert torch.allclose(steps.norm(dim=-1), a.norm(dim=-1).expand(11, -1))
+    turns = torch.acos((steps[1:] * steps[:-1]).sum(dim=-1) / a.square().sum(dim=-1))
+    whole = torch.acos((a * b).sum(dim=-1) / a.square().sum(dim=-1))
     assert torch.allclose(turns, (whole / 10).expand(10, -1))
-    assert torch.allclose(lengths.diff(dim=0), ((b.norm(dim=-1) - a.norm(dim=-1)) / 10).expand(10, -1))
+
+
+def test_slerp_is_shoemakes_whatever_the_lengths():
+    a, b = torch.tensor([2.0, 0.0, 0.0]), torch.tensor([0.0, 3.0, 0.0])
+    assert torch.allclose(slerp(a, b, 0.5), torch.tensor([2.0, 3.0, 0.0]) * math.sqrt(0.5))
+    angle = math.radians(60)
+    b = 5 * torch.tensor([math.cos(angle), math.sin(angle), 0.0])
+    wanted = (math.sin(0.7 * angle) * a + math.sin(0.3 * angle) * b) / math.sin(angle)
+    assert torch.allclose(slerp(a, b, 0.3), wanted)
+    assert torch.allclose(slerp(a, -a, 0.25), 0.5 * a)  # no circle is named: straight
 
 
 def test_slerp_between_parallel_latents_is_a_line():
