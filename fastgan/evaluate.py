@@ -392,6 +392,7 @@ class Evaluator:
                 images = G.synthesis(torch.cat([w, torch.lerp(w, other, EPSILON)]))
             else:
                 both = None if c is None else torch.cat([c, c])
+                to = F.normalize(to) * z.norm(dim=1, keepdim=True)  # of one length, or it would be no circle
                 images = self._generated(G, torch.cat([z, slerp(z, to, EPSILON)]), both)
             found = F.normalize(self.network(images.float() * 127.5 + 127.5)[0])
             before, after = found.chunk(2)

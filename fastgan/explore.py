@@ -1,14 +1,16 @@
 """What `fastgan generate` does in the latent space: its flags, and the files that come of them."""
 
 import argparse
+import io
 import math
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from fastgan import cli
-from fastgan.checkpoint import load_tensors, save_tensors
+from fastgan.checkpoint import load_tensors, replacing, save_tensors
 from fastgan.config import Config, UsageError, flag
-from fastgan.data.decode import read, reason
+from fastgan.data.decode import MODES, read, reason
 from fastgan.engine import one_hot
 from fastgan.equalized import StyleGenerator
 from fastgan.images import save_image, sheet, to_uint8
@@ -53,6 +55,9 @@ APPLIES = {  # the modes that a flag is for
     **dict.fromkeys(("features", "steps"), ("project",)),
     "zoom": ("interpolate", "mix", "directions", "project"),
 }
+PLAIN = ("count", "format", "raw", "latents", "labels", "translate", "to")  # not for sheets and movies
+NEUTRAL = {"truncation": 1.0, "noise": "const"}
+FIXED = ("truncation", "truncation_cutoff", "noise", "compile")  # not for a projection, a loop of its own
 
 
 def add_flags(p: cli.Parser) -> None:
@@ -123,8 +128,15 @@ def check(args: argparse.Namespace, config: Config, G: Generator) -> None:
         if getattr(args, name) is not None and asked not in modes:
             flags = " or ".join(flag(m) for m in modes)
             raise UsageError(f"{_shown(name)} applies to {flags} only; add one of them or leave it out")
+    if args.fps is not None and not args.movie:
+        raise UsageError("--fps applies to --movie only; add it or leave it out")
+    if args.strength is not None and not math.isfinite(args.strength):
+        raise UsageError(f"--strength must be finite: got {args.strength}")
     if asked is None:
         return
+    for name in (*(PLAIN if asked != "direction" else ()), *(FIXED if asked == "project" else ())):
+        if getattr(args, name) not in (None, False, NEUTRAL.get(name)):
+            raise UsageError(f"{_shown(name)} does not apply to {flag(asked)}; leave it out")
     if args.to_dataset and asked != "direction":
         raise UsageError(f"{flag(asked)} writes pictures: give --out, not --to-dataset")
     arch, styled = f"--arch {config.arch}", isinstance(G, StyleGenerator)
@@ -147,6 +159,15 @@ def check(args: argparse.Namespace, config: Config, G: Generator) -> None:
             raise UsageError(f"{flag(name)} must be at least 1: got {getattr(args, name)}")
     if args.movie == "mp4" and not shutil.which("ffmpeg"):
         raise UsageError("--movie mp4 needs ffmpeg, which is not here; install it or use --movie gif or webp")
+
+
+def running(args: argparse.Namespace) -> dict[str, Any]:
+    """How the pictures are computed, as `sampling.in_chunks` takes it."""
+
+    def announce(message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+    return {"compile": args.compile, "ahead": args.batch, "announce": announce}
 
 
 def run(G: Generator, config: Config, args: argparse.Namespace) -> str | None:
@@ -180,7 +201,9 @@ class Source(NamedTuple):
     point: Tensor
 
 
-def sources(text: str, what: str, G: Generator, c: Tensor | None, truncation: float) -> list[Source]:
+def sources(
+    text: str, what: str, G: Generator, c: Tensor | None, truncation: float, cutoff: int | None = None
+) -> list[Source]:
     """The points that a flag `what` names: seeds, SEED:I and files of projections, with commas between."""
     found, bound = [], None if isinstance(G, StyleGenerator) or truncation == 1 else truncation
     device = next(G.parameters()).device
@@ -196,7 +219,7 @@ def sources(text: str, what: str, G: Generator, c: Tensor | None, truncation: fl
             draws = [(f"seed {seed}", latents(seed, 1, G.z_dim, bound)) for seed in seeds]
         for name, z in draws:
             z = z.to(device)
-            found.append(Source(name, z[0], points(G, z, c, truncation)[0]))
+            found.append(Source(name, z[0], points(G, z, c, truncation, cutoff)[0]))
     return found
 
 
@@ -233,7 +256,7 @@ def layer_numbers(text: str | None, G: Generator) -> list[int]:
 
 
 def _shown(name: str) -> str:
-    return {"layers": "--mix-layers"}.get(name, flag(name))
+    return {"layers": "--mix-layers", "raw": "--float"}.get(name, flag(name))
 
 
 def _projected(path: Path, G: Generator) -> tuple[Tensor | None, Tensor]:
@@ -252,6 +275,14 @@ def _projected(path: Path, G: Generator) -> tuple[Tensor | None, Tensor]:
     return (None, latent.expand(G.synthesis.num_ws, -1)) if styled else (latent, latent)
 
 
+def _truncation(args: argparse.Namespace) -> tuple[float, int | None]:
+    return args.truncation, args.truncation_cutoff
+
+
+def _drawing(args: argparse.Namespace) -> dict[str, Any]:
+    return {"noise": args.noise, "seed": args.seed, **running(args)}
+
+
 def _consecutive(seed: int, count: int) -> str:
     return f"{seed}-{seed + count - 1}"
 
@@ -263,7 +294,7 @@ def _enlarged(images: np.ndarray, zoom: int | None) -> np.ndarray:
 
 
 def _interpolate(G: Generator, config: Config, args: argparse.Namespace, c: Tensor | None) -> str:
-    found = sources(args.seeds or _consecutive(args.seed, 4), "--seeds", G, c, args.truncation)
+    found = sources(args.seeds or _consecutive(args.seed, 4), "--seeds", G, c, *_truncation(args))
     if len(found) < 2:
         raise UsageError("--interpolate goes from one seed to the next: give two or more --seeds")
     frames = args.frames or (24 if args.movie else 8)
@@ -272,16 +303,16 @@ def _interpolate(G: Generator, config: Config, args: argparse.Namespace, c: Tens
         if len(z) < len(found):
             raise UsageError("--interpolate slerp needs z, but --project has found a w; use lerp")
         way = ways(torch.stack(z), frames, slerp, args.loop)
-        way = points(G, way.flatten(0, 1), c, args.truncation).unflatten(0, way.shape[:2])
+        way = points(G, way.flatten(0, 1), c, *_truncation(args)).unflatten(0, way.shape[:2])
     else:
         way = ways(torch.stack([s.point for s in found]), frames, torch.lerp, args.loop)
     if args.movie:
         path = args.out / f"interpolation.{args.movie}"
-        images = _enlarged(pictures(G, config, once(way, args.loop), c, args.batch), args.zoom)
+        images = _enlarged(pictures(G, config, once(way, args.loop), c, **_drawing(args)), args.zoom)
         save_movie(path, images, args.fps or 24)
         return f"{len(images)} frames through {len(found)} seeds: {path}"
     path = args.out / "interpolation.png"
-    images = _enlarged(pictures(G, config, way.flatten(0, 1), c, args.batch), args.zoom)
+    images = _enlarged(pictures(G, config, way.flatten(0, 1), c, **_drawing(args)), args.zoom)
     names = [s.name for s in found]
     save_image(path, sheet(images.reshape(*way.shape[:2], *images.shape[1:]), names[: len(way)]))
     return f"{len(way)} rows from {', '.join(names)}: {path}"
@@ -289,12 +320,12 @@ def _interpolate(G: Generator, config: Config, args: argparse.Namespace, c: Tens
 
 def _mix(G: Generator, config: Config, args: argparse.Namespace, c: Tensor | None) -> str:
     layers = layer_numbers(args.layers or "coarse", G)
-    rows = sources(args.rows or _consecutive(args.seed, 3), "--rows", G, c, args.truncation)
-    columns = sources(args.cols or _consecutive(args.seed + 3, 5), "--cols", G, c, args.truncation)
+    rows = sources(args.rows or _consecutive(args.seed, 3), "--rows", G, c, *_truncation(args))
+    columns = sources(args.cols or _consecutive(args.seed + 3, 5), "--cols", G, c, *_truncation(args))
     a, b = (torch.stack([s.point for s in some]) for some in (rows, columns))
     table = torch.cat([torch.cat([b[None], mix(a, b, layers)]), torch.cat([b[:1], a])[:, None]], dim=1)
     table = table.roll(1, 1)  # the sources stand above and on the left, and nothing in the corner
-    images = _enlarged(pictures(G, config, table.flatten(0, 1), c, args.batch), args.zoom)
+    images = _enlarged(pictures(G, config, table.flatten(0, 1), c, **_drawing(args)), args.zoom)
     images = images.reshape(*table.shape[:2], *images.shape[1:])
     images[0, 0] = 255
     path = args.out / "mixing.png"
@@ -305,7 +336,7 @@ def _mix(G: Generator, config: Config, args: argparse.Namespace, c: Tensor | Non
 def _directions(G: Generator, config: Config, args: argparse.Namespace, c: Tensor | None) -> str:
     layers, method = layer_numbers(args.layers, G), _method(G, args)
     found = find_directions(G, args.directions, method, c, layers)
-    bases = sources(args.seeds or str(args.seed), "--seeds", G, c, args.truncation)
+    bases = sources(args.seeds or str(args.seed), "--seeds", G, c, *_truncation(args))
     tensors = {"directions": found.vectors, "scales": found.scales}
     save_tensors(args.out / "directions.safetensors", tensors, method=method, arch=config.arch)
     strengths = torch.tensor(STRENGTHS, device=found.scales.device, dtype=torch.float32)
@@ -314,7 +345,7 @@ def _directions(G: Generator, config: Config, args: argparse.Namespace, c: Tenso
     columns = [f"{s:+d}" if s else "0" for s in STRENGTHS]
     for base in bases:
         moved = shifted(base.point[None], shifts.flatten(0, 1), layers)
-        images = _enlarged(pictures(G, config, moved, c, args.batch), args.zoom)
+        images = _enlarged(pictures(G, config, moved, c, **_drawing(args)), args.zoom)
         name = re.sub(r"[^\w.-]+", "-", base.name)
         tiles = images.reshape(*shifts.shape[:2], *images.shape[1:])
         save_image(args.out / f"directions-{name}.png", sheet(tiles, rows, columns))
@@ -373,32 +404,36 @@ def _project(G: Generator, config: Config, args: argparse.Namespace, c: Tensor |
 def read_target(path: Path, config: Config) -> Tensor:
     """The centre square of an image file at the run's size, -1..1 [1, C, R, R]."""
     try:
-        image = read(str(path), "L" if config.channels == 1 else "RGB")
+        image = read(str(path), MODES[config.channels])
     except Exception as error:  # on damaged bytes Pillow raises OSError, SyntaxError, struct.error, ...
         takes = "it takes a PNG, JPEG or WebP image"
         raise UsageError(f"--project {path} cannot be read ({reason(error)}); {takes}") from None
     short, side = min(image.size), config.resolution
     left, top = (image.width - short) // 2, (image.height - short) // 2
     square = image.crop((left, top, left + short, top + short))  # first, or the filter would see beyond it
-    pixels = np.array(square.resize((side, side), Image.Resampling.LANCZOS))
-    return torch.from_numpy(pixels).reshape(1, side, side, -1).permute(0, 3, 1, 2) / 127.5 - 1
+    pixels = np.array(square.resize((side, side), Image.Resampling.LANCZOS)).reshape(1, side, side, -1)
+    if config.channels == 4:
+        pixels *= pixels[..., 3:] > 0  # as the images that it was trained on
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def save_movie(path: Path, frames: np.ndarray, fps: int) -> None:
-    """uint8 [N, H, W, 1 or 3] as an endless GIF or (lossless) WebP, or by ffmpeg as an MP4."""
+    """uint8 [N, H, W, 1, 3 or 4] as an endless GIF or (lossless) WebP, or by ffmpeg as an MP4."""
     if path.suffix == ".mp4":
         return _save_mp4(path, frames, fps)
     first, *others = [Image.fromarray(f[:, :, 0] if f.shape[2] == 1 else f) for f in frames]
-    milliseconds = round(1000 / fps)
-    if path.suffix == ".gif":
-        first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
-    else:
-        first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0, lossless=True)
+    options = {"append_images": others, "duration": round(1000 / fps), "loop": 0}
+    if path.suffix == ".webp":
+        options["lossless"] = True
+    movie = io.BytesIO()  # Pillow's own writing to a file forgets why it failed
+    first.save(movie, path.suffix[1:], save_all=True, **options)
+    with replacing(path, durable=False) as file:
+        file.write(movie.getbuffer())
 
 
 def _save_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
     height, width, channels = frames.shape[1:]
-    layout = "gray" if channels == 1 else "rgb24"
+    layout = {1: "gray", 3: "rgb24", 4: "rgba"}[channels]
     even = "pad=ceil(iw/2)*2:ceil(ih/2)*2"  # yuv420p, which all players know, has a colour for 2x2 pixels
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         part = Path(folder) / path.name

@@ -3,9 +3,9 @@
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -79,8 +79,8 @@ def _add_inputs(p: argparse._ArgumentGroup) -> None:
         metavar="PSI",
         type=float,
         default=1.0,
-        help="below 1: less varied, more typical. StyleGANs move w towards its mean, others redraw the "
-        "numbers of z that lie beyond (default: 1, off)",
+        help="below 1: less varied, more typical. StyleGANs move w towards its mean (0: all the way), others "
+        "redraw the numbers of z that lie beyond (default: 1, off)",
     )
     p.add_argument(
         "--truncation-cutoff", metavar="LAYERS", type=int, help="truncate w for so many layers (default: all)"
@@ -93,7 +93,10 @@ def _add_inputs(p: argparse._ArgumentGroup) -> None:
         "(default: const)",
     )
     p.add_argument(
-        "--translate", metavar="DATA", help="of CycleGAN: what to translate (default: the run's own data)"
+        "--translate",
+        metavar="DATA",
+        help="of CycleGAN: what to translate (default: the run's own data). Pictures show it on the left and "
+        "what comes of it on the right; --to-dataset and --float hold the latter alone",
     )
     p.add_argument(
         "--to",
@@ -134,28 +137,37 @@ def _main(argv: Sequence[str] | None) -> int:
     G = build(read_own(args.run) if args.run else read(args.weights), "generator", args.device)
     keep_freed_memory(G.device)
     explore.check(args, G.config, G.net)
-    if (said := explore.run(G.net, G.config, args)) is not None:
-        print(said)
-        return 0
-    job = _translating(args, G) if isinstance(G, LoadedTranslator) else _sampling(args, G)
-    try:
-        if args.to_dataset:
-            where = _save_dataset(args.to_dataset, job)
-        else:
-            where = _save_pictures(args.out, job, args.format, args.seed)
-    except OSError as error:
-        target = args.to_dataset or args.out
-        raise UsageError(f"{target} cannot be written: {error.strerror or error}") from None
-    print(f"{job.count} images: {where}")
+    if isinstance(G, LoadedGenerator):
+        _check_truncation(args, G)
+    with _writing(args.to_dataset or args.out):
+        said = explore.run(G.net, G.config, args)
+    if said is None:
+        job = _translating(args, G) if isinstance(G, LoadedTranslator) else _sampling(args, G)
+        with _writing(args.to_dataset or args.out):
+            if args.to_dataset:
+                where = _save_dataset(args.to_dataset, job)
+            else:
+                where = _save_pictures(args.out, job, args.format, args.seed)
+        said = f"{job.count} images: {where}"
+    print(said)
     return 0
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """UsageError for what the system says against it."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{target} cannot be written: {error.strerror or error}") from None
 
 
 def _check_options(args: argparse.Namespace) -> None:
     """What can be said before the network is read."""
     if args.batch < 1 or (args.count is not None and args.count < 1):
         raise UsageError(f"--count and --batch must be at least 1: got {args.count} and {args.batch}")
-    if not 0 < args.truncation <= 1:
-        raise UsageError(f"--truncation must lie above 0 and be at most 1: got {args.truncation}")
+    if not 0 <= args.truncation <= 1:
+        raise UsageError(f"--truncation must lie between 0 and 1: got {args.truncation}")
     if args.seed < 0:
         raise UsageError(f"--seed must be at least 0: got {args.seed}")
     if args.labels and not args.latents:
@@ -170,6 +182,17 @@ def _check_options(args: argparse.Namespace) -> None:
     if target.exists() and target.is_dir() == single:
         what = "a folder; name a file" if single else "a file; name a folder"
         raise UsageError(f"{'--to-dataset' if args.to_dataset else '--out'} {target} is {what}")
+
+
+def _check_truncation(args: argparse.Namespace, G: LoadedGenerator) -> None:
+    """UsageError for a truncation that the family has not."""
+    arch, cutoff = f"--arch {G.config.arch}", args.truncation_cutoff
+    if args.truncation == 0 and not G.styled:
+        raise UsageError(f"--truncation 0 leaves {arch} no z to draw; take a number above 0")
+    if cutoff is not None and not G.styled:
+        raise UsageError(f"--truncation-cutoff does not apply to {arch}, only to StyleGANs")
+    if cutoff is not None and not 0 <= cutoff <= G.synthesis.num_ws:
+        raise UsageError(f"--truncation-cutoff must lie between 0 and {G.synthesis.num_ws}: got {cutoff}")
 
 
 @dataclass(frozen=True)
@@ -202,13 +225,6 @@ def _sampling(args: argparse.Namespace, G: LoadedGenerator) -> Job:
         raise UsageError(f"--class must lie between 0 and {G.c_dim - 1}: got {args.label}")
     if args.latents and args.truncation < 1 and not G.styled:
         raise UsageError(f"--truncation draws the latents of {arch}, so it does not go with --latents")
-    if args.truncation_cutoff is not None:
-        if not G.styled:
-            raise UsageError(f"--truncation-cutoff does not apply to {arch}, only to StyleGANs")
-        if not 0 <= args.truncation_cutoff <= (layers := G.synthesis.num_ws):
-            raise UsageError(
-                f"--truncation-cutoff must lie between 0 and {layers}: got {args.truncation_cutoff}"
-            )
     z = _read_latents(args.latents, G.z_dim) if args.latents else None
     count = _count(args.count, len(z), str(args.latents)) if z is not None else args.count or COUNT
     c = _read_labels(args.labels, len(z), G.c_dim) if args.labels and z is not None else None
@@ -228,7 +244,7 @@ def _sampling(args: argparse.Namespace, G: LoadedGenerator) -> Job:
     plan = Plan(count, args.seed, args.truncation, args.truncation_cutoff, args.noise, z, c)
     width = len(str(max(G.c_dim - 1, 0)))
     names = tuple(f"{label:0{width}d}" for label in range(G.c_dim))
-    return Job(count, samples(G, plan, finish, **_running(args)), c, names)
+    return Job(count, samples(G, plan, finish, **explore.running(args)), c, names)
 
 
 def _translating(args: argparse.Namespace, G: LoadedTranslator) -> Job:
@@ -244,7 +260,10 @@ def _translating(args: argparse.Namespace, G: LoadedTranslator) -> Job:
     if getattr(G.net, "a_to_b" if to == "b" else "b_to_a") is None:
         raise UsageError(f"--to {to}: this network translates the other way alone")
     data = args.translate or (config.data if to == "b" else config.data_b)
-    found = images_for(config, data)
+    try:
+        found = images_for(config, data)
+    except UsageError as error:  # may name options that this command has not
+        raise UsageError(f"--translate: {error}; python -m fastgan.prepare makes data that fits") from None
     count = _count(args.count or (None if args.translate else min(COUNT, len(found))), len(found), data)
 
     def finish(real: Tensor, fake: Tensor) -> Tensor:
@@ -255,15 +274,8 @@ def _translating(args: argparse.Namespace, G: LoadedTranslator) -> Job:
         channels = max(real.shape[1], fake.shape[1])  # gray beside colours becomes gray in three channels
         return quantize(torch.cat([x.expand(-1, channels, -1, -1) for x in (real, fake)], dim=3))
 
-    chunks = translations(G, found.images[:count], to, finish, **_running(args))
+    chunks = translations(G, found.images[:count], to, finish, **explore.running(args))
     return Job(count, chunks, None if found.labels is None else found.labels[:count].numpy(), found.classes)
-
-
-def _running(args: argparse.Namespace) -> dict[str, Any]:
-    def announce(message: str) -> None:
-        print(message, file=sys.stderr, flush=True)
-
-    return {"compile": args.compile, "ahead": args.batch, "announce": announce}
 
 
 def _count(asked: int | None, there: int, source: str) -> int:

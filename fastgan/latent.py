@@ -5,7 +5,8 @@ A point of it is what a picture is made from: ws [num_ws, w_dim] of a StyleGAN, 
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,35 +15,34 @@ from torch import Tensor, nn
 
 from fastgan.config import Config, UsageError
 from fastgan.equalized import FullyConnected, StyleGenerator
-from fastgan.images import side_by_side, to_uint8
+from fastgan.images import join_pair, quantize
 from fastgan.models import Generator, stylegan
+from fastgan.sampling import chunk_size, in_chunks, noises
 
 SAMPLES = 10_000  # of w, for its mean and principal components
 
 
 @torch.no_grad()
-def points(G: Generator, z: Tensor, c: Tensor | None, truncation: float) -> Tensor:
+def points(G: Generator, z: Tensor, c: Tensor | None, truncation: float, cutoff: int | None = None) -> Tensor:
     """ws [N, num_ws, w_dim] of z [N, z_dim], or z itself where there is no w."""
     if not isinstance(G, StyleGenerator):
         return z
-    return G.mapping(z, None if c is None else c.expand(len(z), -1), truncation)
+    return G.mapping(z, None if c is None else c.expand(len(z), -1), truncation, cutoff)
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """From a [..., D] (t = 0) to b (t = 1) along the circle through both: the angle grows in proportion to t,
-    and so does the length, from |a| to |b|.
+    """From a [..., D] (t = 0) to b (t = 1) along the circle through both, if they are of one length:
 
-        |x(t)| (cos(t theta) u + sin(t theta) v),  u = a / |a|, v = the unit vector of b's part across a
+        (sin((1 - t) theta) a + sin(t theta) b) / sin(theta),  theta the angle between a and b
 
+    and straight where they are parallel (Shoemake 1985, "Animating rotation with quaternion curves").
     Normal z of many dimensions lie near a sphere, which straight lines leave (White 2016, arXiv:1609.04468).
     """
     x, y = a.double(), b.double()
-    u = F.normalize(x, dim=-1)
-    along = (y * u).sum(dim=-1, keepdim=True)
-    across = y - along * u
-    theta = t * torch.atan2(across.norm(dim=-1, keepdim=True), along)
-    length = torch.lerp(x.norm(dim=-1, keepdim=True), y.norm(dim=-1, keepdim=True), t)
-    return (length * (theta.cos() * u + theta.sin() * F.normalize(across, dim=-1))).to(a.dtype)
+    u, v = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+    theta = 2 * torch.atan2((u - v).norm(dim=-1, keepdim=True), (u + v).norm(dim=-1, keepdim=True))
+    turned = (((1 - t) * theta).sin() * x + (t * theta).sin() * y) / theta.sin()
+    return torch.where(theta.sin() < 1e-6, torch.lerp(x, y, t), turned).to(a.dtype)
 
 
 def ways(
@@ -205,15 +205,35 @@ def shifted(points: Tensor, shift: Tensor, layers: Sequence[int]) -> Tensor:
     return points + inside * shift.unsqueeze(-2)
 
 
-@torch.inference_mode()
-def pictures(G: Generator, config: Config, points: Tensor, c: Tensor | None, batch: int = 64) -> np.ndarray:
+def pictures(
+    G: Generator,
+    config: Config,
+    points: Tensor,
+    c: Tensor | None,
+    noise: str = "const",
+    seed: int = 0,
+    **running: Any,
+) -> np.ndarray:
     """uint8 [N, R, R, C] from ws [N, num_ws, w_dim] or z [N, z_dim], all of the class c [1, c_dim].
 
-    A family of two domains gives pairs side by side, [N, R, 2R, C].
+    `noise` of a StyleGAN as of a `sampling.Plan`; `running` as for `in_chunks`. A family of two domains gives
+    pairs side by side, [N, R, 2R, C].
     """
-    parts = []
-    for part in points.split(batch):
-        label = None if c is None else c.expand(len(part), -1)
-        images = G.synthesis(part) if isinstance(G, StyleGenerator) else G(part, label)
-        parts.append(side_by_side(images) if config.domains == 2 else to_uint8(images))
-    return np.concatenate(parts)
+
+    def inputs(first: int, count: int) -> tuple[Tensor | None, ...]:
+        drawn = None
+        if isinstance(G, StyleGenerator) and noise == "random":
+            drawn = noises(seed, count, G.synthesis.noise_size, first)
+        return points[first : first + count], None if c is None else c.expand(count, -1), drawn
+
+    def finish(images: Tensor) -> Tensor:
+        return quantize(join_pair(images) if config.domains == 2 else images)
+
+    run, size = partial(_picture, noise=noise), chunk_size(config.resolution, points.device)
+    return np.concatenate(list(in_chunks(G, run, len(points), size, inputs, finish, **running)))
+
+
+def _picture(G: Generator, points: Tensor, c: Tensor | None, drawn: Tensor | None, noise: str) -> Tensor:
+    if not isinstance(G, StyleGenerator):
+        return G(points, c)
+    return G.synthesis(points, noise if drawn is None else drawn)

@@ -9,6 +9,7 @@ Our own files are safetensors. A generator's tensors have their plain names, a d
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,8 @@ def read_own(path: Path | str) -> Pretrained:
         )
     try:
         tensors, header = load_tensors(file)
+        if "config" not in header and any(name.startswith("ema.") for name in tensors):
+            raise ValueError("it is a checkpoint of training; take the folder of its run")
         if not header.keys() >= {"config", "images"}:
             raise ValueError("its header has no config; python -m fastgan.convert reads public checkpoints")
         config, images = read_config(header["config"]), header["images"]
@@ -135,8 +138,8 @@ def build(networks: Pretrained, network: str = "generator", device: str | torch.
         ) from None
     place(net.eval().requires_grad_(False), place_at)
     if network == "discriminator":
-        return LoadedDiscriminator(net, config)
-    return (LoadedTranslator if getattr(net, "translates", False) else LoadedGenerator)(net, config)
+        return LoadedDiscriminator(net, config, options)
+    return (LoadedTranslator if getattr(net, "translates", False) else LoadedGenerator)(net, config, options)
 
 
 def check_fit(net: torch.nn.Module, state: dict[str, Tensor]) -> None:
@@ -152,11 +155,13 @@ def check_fit(net: torch.nn.Module, state: dict[str, Tensor]) -> None:
 
 
 class _Loaded(torch.nn.Module):
-    """A family's network `net` and the `config` of its run."""
+    """A family's network `net`, made from the `config` of its run and from `options`."""
 
-    def __init__(self, net: Any, config: Config):
+    def __init__(self, net: Any, config: Config, options: dict[str, Any]):
         super().__init__()
         self.net, self.config = net, config
+        self._channels = options.get("channels", config.channels)
+        self.eval()  # what net is already
 
     @property
     def device(self) -> torch.device:
@@ -168,22 +173,46 @@ class _Loaded(torch.nn.Module):
         weight = next(self.net.parameters())
         return torch.as_tensor(x, dtype=weight.dtype, device=weight.device)
 
+    def _images(self, x: Any, channels: int) -> Tensor:
+        """The same of images; ValueError for others."""
+        x = torch.as_tensor(x)
+        if x.ndim != 4 or x.shape[1] != channels or not x.is_floating_point():
+            raise ValueError(
+                f"images must be floats in -1..1 [N, {channels}, H, W]: got {x.dtype} {list(x.shape)}"
+            )
+        return self._tensor(x)
+
     def _labels(self, c: Any, count: int) -> Tensor | None:
         """Labels int64 [N] or weights of the classes [N, c_dim] as the latter; ValueError for others."""
         c_dim = self.net.c_dim
-        if c_dim == 0:
-            if c is None or tuple(c.shape) == (count, 0):
-                return None
-            raise ValueError("c must not be given: the network knows no classes")
         form = f"labels int64 [{count}] below {c_dim} or one-hot [{count}, {c_dim}]"
         if c is None:
+            if c_dim == 0:
+                return None
             raise ValueError(f"c must be given to a conditional network: {form}")
         c = torch.as_tensor(c, device=self.device)
+        if c_dim == 0:
+            if c.shape == (count, 0):
+                return None
+            raise ValueError("c must not be given: the network knows no classes")
         if c.shape == (count, c_dim):
             return self._tensor(c)
         if c.shape != (count,) or c.is_floating_point() or (count and not 0 <= c.min() <= c.max() < c_dim):
             raise ValueError(f"c must be {form}: got {c.dtype} {list(c.shape)}")
         return self._tensor(one_hot(c, c_dim))
+
+
+class _Part:
+    """A StyleGAN's `module`, called as the whole network is; all else is the module's own."""
+
+    def __init__(self, module: Any, call: Callable[..., Tensor]):
+        self._module, self._call = module, call
+
+    def __call__(self, *args: Any, **named: Any) -> Tensor:
+        return self._call(*args, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 class LoadedGenerator(_Loaded):
@@ -206,13 +235,45 @@ class LoadedGenerator(_Loaded):
 
     @property
     def mapping(self) -> Any:
-        """Of a StyleGAN: z [N, z_dim], one-hot c [N, c_dim] or None -> w [N, num_ws, w_dim]."""
-        return self.net.mapping
+        """Of a StyleGAN: (z, c=None, truncation=1, truncation_cutoff=None) -> w [N, num_ws, w_dim]."""
+        return _Part(self.net.mapping, self._mapped)
 
     @property
     def synthesis(self) -> Any:
-        """Of a StyleGAN: w [N, num_ws, w_dim] -> images."""
-        return self.net.synthesis
+        """Of a StyleGAN: (ws [N, num_ws, w_dim], noise="const", seed=0) -> images."""
+        return _Part(self.net.synthesis, self._synthesized)
+
+    def _mapped(
+        self, z: Any, c: Any = None, truncation: float = 1.0, truncation_cutoff: int | None = None
+    ) -> Tensor:
+        z = self._latents(z)
+        return self.net.mapping(z, self._labels(c, len(z)), truncation, truncation_cutoff)
+
+    def _synthesized(self, ws: Any, noise: str | Tensor = "const", seed: int = 0) -> Tensor:
+        ws = self._tensor(ws)
+        if ws.ndim != 3 or ws.shape[1] != self.synthesis.num_ws:
+            raise ValueError(f"w must be [N, {self.synthesis.num_ws}, w_dim]: got {list(ws.shape)}")
+        return self.net.synthesis(ws, self._noise(noise, len(ws), seed))
+
+    def _latents(self, z: Any) -> Tensor:
+        """[N, z_dim]; ValueError for others."""
+        z = self._tensor(z)
+        if z.ndim == 4 and z.shape[2:] == (1, 1):
+            z = z.flatten(1)
+        if z.ndim != 2 or z.shape[1] != self.z_dim:
+            raise ValueError(f"z must be [N, {self.z_dim}]: got {list(z.shape)}")
+        return z
+
+    def _noise(self, noise: Any, count: int, seed: int = 0) -> Tensor | str:
+        """What a synthesis network takes; ValueError for what it does not."""
+        if isinstance(noise, str) and noise == "random":
+            noise = noises(seed, count, self.synthesis.noise_size)
+        if isinstance(noise, str) and noise in NOISES:
+            return noise
+        shape = (count, self.synthesis.noise_size)
+        if isinstance(noise, str) or tuple(np.shape(noise)) != shape:
+            raise ValueError(f"noise must be {', '.join(NOISES)} or numbers {list(shape)}: got {noise!r:.40}")
+        return self._tensor(noise)
 
     def forward(
         self,
@@ -232,24 +293,17 @@ class LoadedGenerator(_Loaded):
 
         Raises ValueError for what does not fit.
         """
-        z = self._tensor(z)
-        if z.ndim == 4 and z.shape[2:] == (1, 1):
-            z = z.flatten(1)
-        if z.ndim != 2 or z.shape[1] != self.z_dim:
-            raise ValueError(f"z must be [N, {self.z_dim}]: got {list(z.shape)}")
-        if isinstance(noise, str) and noise not in NOISES:
-            raise ValueError(f"noise must be {', '.join(NOISES)} or a tensor: got {noise!r}")
+        z = self._latents(z)
         c = self._labels(c, len(z))
-        if not self.styled:
-            if truncation != 1:
-                raise ValueError(
-                    f"--arch {self.config.arch} has no w to truncate: draw z within bounds (sample does)"
-                )
-            return self.net(z, c)
-        if isinstance(noise, str) and noise == "random":
-            noise = noises(seed, len(z), self.synthesis.noise_size)
-        given = noise if isinstance(noise, str) else self._tensor(noise)
-        return self.net(z, c, truncation, truncation_cutoff, given)
+        if self.styled:
+            return self.net(z, c, truncation, truncation_cutoff, self._noise(noise, len(z), seed))
+        if isinstance(noise, str) and noise not in NOISES:
+            raise ValueError(f"noise must be {', '.join(NOISES)}: got {noise!r}")
+        if truncation != 1:
+            raise ValueError(
+                f"--arch {self.config.arch} has no w to truncate: draw z within bounds (sample does)"
+            )
+        return self.net(z, c)
 
     def sample(
         self, n: int, seed: int = 0, label: int | None = None, truncation: float = 1.0, noise: str = "const"
@@ -260,8 +314,12 @@ class LoadedGenerator(_Loaded):
         """
         if n < 1:
             raise ValueError(f"n must be at least 1: got {n}")
-        if label is not None and not 0 <= label < self.c_dim:
-            raise ValueError(f"label must lie between 0 and {self.c_dim - 1}: got {label}")
+        if seed < 0:
+            raise ValueError(f"seed must be at least 0: got {seed}")
+        if label is not None and self.c_dim == 0:
+            raise ValueError("label must be None: the network knows no classes")
+        if label is not None and (isinstance(label, str) or np.ndim(label) or not 0 <= label < self.c_dim):
+            raise ValueError(f"label must be a number from 0 to {self.c_dim - 1}: got {label!r}")
         if not (self.styled or 0 < truncation <= 1):
             raise ValueError(f"truncation must lie above 0 and be at most 1: got {truncation}")
         if noise not in NOISES:
@@ -278,8 +336,11 @@ class LoadedTranslator(_Loaded):
     """CycleGAN's trained generators."""
 
     def forward(self, images: Any, to: str = "b") -> Tensor:
-        """Images [N, C, H, W] in -1..1 of one domain as images of the domain `to`, "a" or "b"."""
-        return self.net.translate(self._tensor(images), to)
+        """Images [N, C, H, W] in -1..1 of one domain as images of the domain `to`, "a" or "b".
+
+        Raises ValueError for what does not fit.
+        """
+        return self.net.translate(self._images(images, self._channels), to)
 
     translate = forward
 
@@ -288,6 +349,10 @@ class LoadedDiscriminator(_Loaded):
     """A trained discriminator; a minibatch standard deviation in it looks at the images given together."""
 
     def forward(self, images: Any, c: Any = None) -> Tensor:
-        """Logits of images [N, C, H, W] in -1..1 (pairs [N, 2C, H, W]) with labels c as a generator's."""
-        images = self._tensor(images)
+        """Logits of images [N, C, H, W] in -1..1 (pairs [N, 2C, H, W]) with labels c as a generator's.
+
+        Raises ValueError for what does not fit.
+        """
+        pairs = self.config.domains == 2 and getattr(self.net, "b", self) is not None  # else of one domain
+        images = self._images(images, self._channels * (2 if pairs else 1))
         return self.net(images, self._labels(c, len(images)))

@@ -159,6 +159,49 @@ def test_a_stylegan_has_its_two_networks(arch: str, files: dict[str, Path]):
     assert torch.equal(G(z, noise=given), G.synthesis(ws, given))
 
 
+def test_a_stylegans_parts_take_what_the_whole_takes(files: dict[str, Path]):
+    G = fastgan.load(files["styles"], device="cpu")
+    z, labels = np.random.default_rng(0).standard_normal((3, G.z_dim)), [2, 0, 1]
+    ws = G.mapping(z, labels)
+    assert torch.equal(ws, G.mapping(z=torch.from_numpy(z)[:, :, None, None], c=torch.eye(3)[labels]))
+    assert G.mapping.w_avg is G.net.mapping.w_avg
+    for noise in sampling.NOISES:
+        assert torch.equal(G.synthesis(ws.double().numpy(), noise), G(z, labels, noise=noise))
+        assert torch.equal(G.synthesis(ws, noise=noise), G(z, labels, noise=noise))
+    near = G.mapping(z, labels, 0.5, truncation_cutoff=1)
+    assert torch.equal(G.synthesis(near), G(z, labels, 0.5, truncation_cutoff=1))
+    for noise in (None, "loud", torch.zeros(3, 5)):
+        with pytest.raises(ValueError, match="noise must be"):
+            G(z, labels, noise=noise)
+    with pytest.raises(ValueError, match=r"w must be \[N, 4, w_dim\]"):
+        G.synthesis(ws[:, 0])
+    with pytest.raises(ValueError, match="c must be given"):
+        G.mapping(z)
+
+
+def test_loaded_networks_say_what_they_take(files: dict[str, Path]):
+    G, D = (fastgan.load(files["gan"], network, device="cpu") for network in ("generator", "discriminator"))
+    assert not G.training and not D.training
+    with pytest.raises(ValueError, match="knows no classes"):
+        G(torch.zeros(2, G.z_dim), [0, 1])
+    for label in (0, "0", [0]):
+        with pytest.raises(ValueError, match="label must be None"):
+            G.sample(1, label=label)
+    for label in (3, "0", [0]):
+        with pytest.raises(ValueError, match="label must be a number from 0 to 2"):
+            fastgan.load(files["cgan"], device="cpu").sample(1, label=label)
+    with pytest.raises(ValueError, match="seed must be"):
+        G.sample(1, seed=-1)
+    pairs = fastgan.load(files["cyclegan"], "discriminator", "cpu")
+    size = G.config.resolution
+    for net, channels in ((D, 3), (fastgan.load(files["cyclegan"], device="cpu"), 3), (pairs, 6)):
+        good = torch.zeros(2, channels, size, size)
+        net(good)
+        for bad in (good[0], good[:, 1:], good.byte()):
+            with pytest.raises(ValueError, match=rf"images must be floats in -1..1 \[N, {channels}, H, W\]"):
+                net(bad)
+
+
 def test_networks_without_styles_have_no_mapping_and_nothing_to_truncate(files: dict[str, Path]):
     G = fastgan.load(files["dcgan"], device="cpu")
     assert not hasattr(G, "mapping") and not hasattr(G, "synthesis")
@@ -240,6 +283,14 @@ def test_given_latents_and_labels(arch: str, files: dict[str, Path], tmp_path: P
     assert mixed["labels"].shape == (COUNT, G.c_dim) and not np.array_equal(mixed["images"], images)
     two = arrays(files[arch], tmp_path, *command[:-2], "--class", "2", "--count", "5")
     assert two["labels"].tolist() == [2] * 5
+
+
+@pytest.mark.parametrize("arch", STYLED)
+def test_a_truncation_of_0_shows_the_mean(arch: str, files: dict[str, Path], tmp_path: Path):
+    made = arrays(files[arch], tmp_path, "--count", "3", "--truncation", "0", "--float")["images"]
+    G = fastgan.load(files[arch], device="cpu")
+    mean = G.synthesis(G.mapping.w_avg.expand(3, G.synthesis.num_ws, -1))
+    np.testing.assert_allclose(made, mean, rtol=0, atol=1e-5)
 
 
 def test_floats_are_not_clamped(files: dict[str, Path], tmp_path: Path):
@@ -481,6 +532,8 @@ def test_a_run_folder_holds_both_networks(tmp_path: Path):
     assert generate.main(["--run", str(folder), *out]) == 0
     weights, config = load_generator(folder)
     assert config == G.config and weights.keys() == G.net.state_dict().keys()
+    with pytest.raises(UsageError, match="a checkpoint of training; take the folder of its run"):
+        fastgan.load(checkpoints(folder / "checkpoints")[0])
     (folder / "checkpoints").rename(tmp_path / "elsewhere")
     with pytest.raises(UsageError, match="no discriminator"):
         fastgan.load(folder, network="discriminator")
@@ -494,7 +547,10 @@ def test_a_run_folder_holds_both_networks(tmp_path: Path):
         ("gan", "--seed -1", ["--seed", "-1"]),
         ("gan", "--truncation 2", ["--truncation", "2"]),
         ("gan", "--truncation-cutoff 1", ["--truncation-cutoff", "gan"]),
+        ("gan", "--truncation 0", ["--truncation 0", "gan"]),
+        ("stylegan", "--truncation -0.5", ["--truncation", "-0.5"]),
         ("stylegan", "--truncation-cutoff 9", ["--truncation-cutoff", "4", "9"]),
+        ("stylegan", "--truncation-cutoff -1", ["--truncation-cutoff", "4", "-1"]),
         ("gan", "--class 1", ["--class", "--cond"]),
         ("cgan", "--class 3", ["--class", "2", "3"]),
         ("gan", "--translate photos", ["--translate", "gan"]),
@@ -518,7 +574,8 @@ def test_a_run_folder_holds_both_networks(tmp_path: Path):
         ("cgan", "--latents z.npy --labels z.npy", ["--labels", "[4, 3]", "[4, 8]"]),
         ("cyclegan", "--latents z.npy", ["--latents", "cyclegan"]),
         ("cyclegan", "--truncation 0.5", ["--truncation", "cyclegan"]),
-        ("cyclegan", "--translate nowhere", ["nowhere"]),
+        ("cyclegan", "--translate nowhere", ["--translate", "nowhere"]),
+        ("cyclegan", "--translate wide", ["--translate", "wide.png is 12x9", "fastgan.prepare"]),
         ("cyclegan", "--count 1798", ["1798", "1797"]),
         ("gan", "--device tpu", ["--device", "tpu"]),
     ],
@@ -534,6 +591,8 @@ def test_bad_options(
 ):
     monkeypatch.chdir(tmp_path)
     Path("text").write_text("no array")
+    Path("wide").mkdir()
+    Image.new("RGB", (12, 9)).save("wide/wide.png")
     np.save("objects.npy", np.array([{}, None]), allow_pickle=True)
     z = np.ones((4, 8), np.float32)
     for name, array in {

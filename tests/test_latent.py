@@ -35,7 +35,7 @@ from fastgan.latent import (
 )
 from fastgan.projection import Projection, load_discriminator, noise_regularizer, project
 from fastgan.run_folder import save_generator
-from fastgan.sampling import latents
+from fastgan.sampling import latents, noises
 
 STYLED = ["stylegan", "stylegan1"]
 
@@ -82,16 +82,25 @@ def plain(run: Path, out: Path, *more: str) -> np.ndarray:
 
 
 def test_slerp_turns_at_constant_speed():
-    rng = np.random.default_rng(0)
-    a, b = (torch.from_numpy(rng.standard_normal((3, 40)) * scale) for scale in (1.0, 1.7))
+    a, b = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, 40)))
+    b = b * (a.norm(dim=-1) / b.norm(dim=-1))[:, None]
     assert torch.allclose(slerp(a, b, 0.0), a)
     assert torch.allclose(slerp(a, b, 1.0), b)
     steps = torch.stack([slerp(a, b, i / 10) for i in range(11)])
-    lengths = steps.norm(dim=-1)
-    turns = torch.acos((steps[1:] * steps[:-1]).sum(dim=-1) / (lengths[1:] * lengths[:-1]))
-    whole = torch.acos((a * b).sum(dim=-1) / (a.norm(dim=-1) * b.norm(dim=-1)))
+    assert torch.allclose(steps.norm(dim=-1), a.norm(dim=-1).expand(11, -1))
+    turns = torch.acos((steps[1:] * steps[:-1]).sum(dim=-1) / a.square().sum(dim=-1))
+    whole = torch.acos((a * b).sum(dim=-1) / a.square().sum(dim=-1))
     assert torch.allclose(turns, (whole / 10).expand(10, -1))
-    assert torch.allclose(lengths.diff(dim=0), ((b.norm(dim=-1) - a.norm(dim=-1)) / 10).expand(10, -1))
+
+
+def test_slerp_is_shoemakes_whatever_the_lengths():
+    a, b = torch.tensor([2.0, 0.0, 0.0]), torch.tensor([0.0, 3.0, 0.0])
+    assert torch.allclose(slerp(a, b, 0.5), torch.tensor([2.0, 3.0, 0.0]) * math.sqrt(0.5))
+    angle = math.radians(60)
+    b = 5 * torch.tensor([math.cos(angle), math.sin(angle), 0.0])
+    wanted = (math.sin(0.7 * angle) * a + math.sin(0.3 * angle) * b) / math.sin(angle)
+    assert torch.allclose(slerp(a, b, 0.3), wanted)
+    assert torch.allclose(slerp(a, -a, 0.25), 0.5 * a)  # no circle is named: straight
 
 
 def test_slerp_between_parallel_latents_is_a_line():
@@ -386,6 +395,11 @@ def test_a_target_is_the_centre_of_its_image(tmp_path: Path):
     assert target.shape == (1, 3, 8, 8)
     assert torch.allclose(target, torch.tensor([1, -1, -0.6])[:, None, None])
     assert read_target(tmp_path / "wide.png", tiny_config("stylegan", channels=1)).shape == (1, 1, 8, 8)
+    see_through = np.full((8, 8, 4), 200, np.uint8)
+    see_through[:, :4, 3] = 0
+    save_image(tmp_path / "alpha.png", see_through)
+    target = read_target(tmp_path / "alpha.png", tiny_config("stylegan", channels=4))
+    assert target.shape == (1, 4, 8, 8) and (target[..., :4] == -1).all() and (target[..., 4:] > 0).all()
 
 
 def test_the_discriminator_of_a_run(runs: Path):
@@ -407,8 +421,7 @@ def test_seeds_name_generates_pictures(runs: Path, tmp_path: Path):
         shown = pictures(G, config, torch.stack([s.point for s in found]), c)
         five = plain(runs / arch, tmp_path / f"{arch}5", "--seed", "5", "--count", "3", *more)
         eight = plain(runs / arch, tmp_path / f"{arch}8", "--seed", "8", "--count", "1", *more)
-        assert abs(shown[0].astype(int) - five[2]).max() <= 1
-        assert abs(shown[2].astype(int) - eight[0]).max() <= 1
+        assert np.array_equal(shown[0], five[2]) and np.array_equal(shown[2], eight[0])
 
 
 @pytest.mark.parametrize("way", ["slerp", "lerp"])
@@ -425,6 +438,7 @@ def test_movies(form: str, way: str, runs: Path, tmp_path: Path):
                 movie.load()
                 assert movie.info["loop"] == 0
                 assert movie.info["duration"] == 50
+            assert not list(out.glob(".*"))
 
 
 def test_stills_of_an_interpolation(runs: Path, tmp_path: Path):
@@ -440,6 +454,32 @@ def test_stills_of_an_interpolation(runs: Path, tmp_path: Path):
     assert len(image) == height
     for y, x, seed in ((2, 0, 0), (2, 40, 1), (12, 0, 1), (12, 40, 2)):
         assert abs(image[y : y + 8, x : x + 8] - seeds[seed]).max() <= 1
+
+
+@pytest.mark.parametrize("arch", ["stylegan", "stylegan1", "dcgan"])
+def test_a_sheet_is_the_same_whatever_the_batch(arch: str, runs: Path, tmp_path: Path):
+    asked = ["--interpolate", "lerp", "--frames", "15", "--noise", "random"]
+    sheets = []
+    for batch in ("1", "5", "64"):
+        assert make(runs / arch, tmp_path, *asked, "--batch", batch) == 0
+        sheets.append((tmp_path / "interpolation.png").read_bytes())
+    assert sheets[0] == sheets[1] == sheets[2]
+
+
+def test_noise_and_truncation_in_the_latent_space(tmp_path: Path):
+    config, G = tiny_config("stylegan"), generator("stylegan")
+    G.mapping.w_avg += 1
+    save_generator(
+        tmp_path / "generator.safetensors", {f"ema.{k}": t for k, t in G.state_dict().items()}, config, 0
+    )
+    asked = ["--interpolate", "lerp", "--seeds", "4,5", "--frames", "1", "--zoom", "1", "--seed", "9"]
+    asked += ["--truncation", "0.5", "--truncation-cutoff", "1"]
+    ws = torch.cat([G.mapping(latents(seed, 1, G.z_dim), None, 0.5, 1) for seed in (4, 5)])
+    for noise in ("none", "random"):
+        assert make(tmp_path, tmp_path, *asked, "--noise", noise) == 0
+        given = noises(9, 2, G.synthesis.noise_size) if noise == "random" else noise
+        wanted = sheet(to_uint8(G.synthesis(ws, given))[None], ["seed 4"])
+        assert abs(picture(tmp_path / "interpolation.png").astype(int) - wanted).max() <= 1
 
 
 def test_pairs_are_shown_side_by_side(runs: Path, tmp_path: Path):
@@ -463,6 +503,8 @@ def test_mp4_by_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     data = (tmp_path / "a b.mp4").read_bytes()
     assert data.endswith(frames.tobytes())
     assert b"-pix_fmt rgb24 -s 7x5 -r 12 " in data
+    save_movie(tmp_path / "a b.mp4", np.zeros((3, 5, 7, 4), np.uint8), 12)
+    assert b"-pix_fmt rgba -s 7x5 " in (tmp_path / "a b.mp4").read_bytes()
     with pytest.raises(UsageError, match=r"not today.*gif"):
         save_movie(tmp_path / "b.mp4", np.zeros((2, 9, 9, 1), np.uint8), 12)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a b.mp4", "bin"]
@@ -514,6 +556,17 @@ BAD = [
     ("cgan", "--interpolate slerp", ["conditional", "--class"]),
     ("cogan", "--project {image}", ["cogan", "pairs"]),
     ("cyclegan", "--interpolate lerp", ["cyclegan", "--translate"]),
+    ("stylegan", "--interpolate lerp --count 3", ["--count", "--interpolate"]),
+    ("stylegan", "--interpolate lerp --fps 9", ["--fps", "--movie"]),
+    ("stylegan", "--mix --format npz --float", ["--format", "--mix"]),
+    ("stylegan", "--mix --truncation-cutoff -1", ["--truncation-cutoff", "0 and 4", "-1"]),
+    ("stylegan", "--directions 2 --latents z.npy", ["--latents", "--directions"]),
+    ("stylegan", "--project {image} --truncation 0.5", ["--truncation", "--project"]),
+    ("stylegan", "--project {image} --noise none", ["--noise", "--project"]),
+    ("stylegan", "--project {image} --compile", ["--compile", "--project"]),
+    ("stylegan", "--direction 1 --strength nan", ["--strength", "nan"]),
+    ("dcgan", "--interpolate slerp --truncation 0", ["--truncation 0", "dcgan"]),
+    ("stylegan", "--mix --out {image}/below", ["image.png/below", "Not a directory"]),
 ]
 
 
