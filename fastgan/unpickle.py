@@ -35,6 +35,7 @@ LEGACY_PROTOCOL = 1001
 PERSISTENCE = 6  # NVIDIA's torch_utils.persistence, all versions that have been published
 MOST_INSTRUCTIONS = 2_000_000  # checkpoints with optimizers have some ten thousand
 MOST_DIMENSIONS = 16
+_ARCHIVES = ((257, b"ustar", "a tar"), (0, b"\x1f\x8b", "a gzip"), (0, b"7z\xbc\xaf", "a 7z"))
 
 DTYPES = {
     "Double": torch.float64,
@@ -171,6 +172,9 @@ def tensors(path: Path, claims: Mapping[str, Claim]) -> dict[str, Tensor]:
 def _read_stream(file: Any, data: Any, payloads: bool = True) -> Any:
     """A pickle, or torch.save's old format: four pickles, the names of the storages, then the storages, each
     behind its length. `file` reads `data`; `payloads` allows for such files within."""
+    for offset, mark, what in _ARCHIVES:
+        if data[offset : offset + len(mark)] == mark:
+            raise ValueError(f"it is {what} archive; unpack it and name the checkpoint in it")
     root = interpret(file, payloads=payloads)
     if type(root) is not int or root != MAGIC:
         return root
@@ -389,10 +393,12 @@ class _Type:
     dtype: torch.dtype
 
 
-def _admit(module: str, name: str) -> "_Name | _Type":
+def _admit(module: str, name: str) -> "_Name | _Type | torch.dtype":
     full = f"{module}.{name}"
     if module in ("torch", "torch.storage") and name.removesuffix("Storage") in DTYPES:
         return _Type(DTYPES[name.removesuffix("Storage")])
+    if full in _DTYPE_NAMES:  # R3GAN's stages have one as an attribute
+        return _DTYPE_NAMES[full]
     if full in _FUNCTIONS:
         return _Name(full, _FUNCTIONS[full])
     if full in _RECORDS or module.startswith(_MODULES):
@@ -408,7 +414,8 @@ _RECORDS = {
     "models.utils.config.BaseConfig",  # pytorch_GAN_zoo's
     "utils.config.BaseConfig",
 }
-_MODULES = ("torch.nn.modules.", "R3GAN.")
+_MODULES = ("torch.nn.modules.", "R3GAN.", "training.networks")  # the last is R3GAN's, around the others
+_DTYPE_NAMES = {str(dtype): dtype for dtype in DTYPES.values()}
 
 
 def _record(full: str, *args: Any) -> Record:
@@ -453,8 +460,10 @@ def _encoded(text: Any, encoding: Any) -> bytes:
     return codecs.latin_1_encode(_of(str, text))[0]
 
 
-def _stored(name: Any, storage: Callable[..., Storage] | None) -> Storage:
+def _stored(name: Any, storage: Callable[..., Storage] | None) -> "Storage | _Name":
     name = _of(tuple, name)
+    if len(name) == 4 and name[0] == "module":  # a class, which torch.save's old format wrote with its source
+        return _of(_Name, name[1])
     if storage is None or len(name) not in (5, 6) or name[0] != "storage" or name[5:] not in ((), (None,)):
         raise ValueError("it refers to something outside of itself that is no storage")
     kind, key, numel = name[1], name[2], name[4]

@@ -179,6 +179,12 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         + b".\x85R.",
         r"storages within storages",
     ),
+    "a tar": (bytes(257) + b"ustar" + bytes(762), r"it is a tar archive; unpack it"),
+    "a gzip": (b"\x1f\x8b\x08" + bytes(20), r"it is a gzip archive; unpack it"),
+    "a class that is none": (
+        zipped(b"\x80\x02(" + text("module") + b"K\x01" * 3 + b"tQ."),
+        r"the wrong kind of",
+    ),
     "TorchScript": (b"", r"a TorchScript archive, which is code"),
     "nothing": (b"", r"cannot mmap an empty file"),
     "text": (b"<html><body>404</body></html>", r"is refused"),
