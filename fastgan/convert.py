@@ -198,7 +198,8 @@ def _flat(path: Path, module: Mapping[str, Any]) -> dict[str, Any]:
             if count > MOST_NAMES or depth > DEPTH or not named:
                 raise UsageError(f"{path} is refused: its modules hold one another without end")
             if group is inner:
-                left += [(f"{prefix}{n}.", m, depth + 1) for n, m in group.items() if isinstance(m, dict)]
+                inside = [(f"{prefix}{n}.", m, depth + 1) for n, m in group.items() if isinstance(m, dict)]
+                left += inside[::-1]  # the first is the next
             else:
                 state |= {f"{prefix}{name}": tensor for name, tensor in group.items()}
     return state
@@ -327,18 +328,20 @@ def _config(path: Path, arch: str, options: Mapping[str, Any]) -> Config:
     """The preset of `arch` with the networks' sizes, as far as it has fields for them, and in fp32: outputs
     are to equal the peer's."""
     if any(type(value) is int and value > LARGEST for value in options.values()):
-        raise UsageError(f"{path} holds an {arch} of sizes that no network has")
+        raise UsageError(f"{path} holds --arch {arch} in sizes that no network has")
     fields = {f.name: f for f in dataclasses.fields(Config)}
     given = {k: v for k, v in options.items() if k in fields and k in network_options(arch) and v is not None}
     given = {k: v for k, v in given.items() if not (choices := fields[k].metadata["choices"]) or v in choices}
     if "c_dim" in options:
         given |= {"cond": options["c_dim"] > 0, "classes": options["c_dim"]}
+    if "hier" in network_options(arch) and "z_dim" not in options:
+        given["hier"] = False  # of the generator that is not there, and has to fit every resolution
     if (group := given.get("mbstd_group", 1)) > 0:
         given["batch"] = group * max(1, 16 // group) * 2
     try:
         return make_config(arch, precision="fp32", **given)
     except (UsageError, *UNFIT) as error:
-        raise UsageError(f"{path} holds an {arch} of sizes that fastgan cannot build: {error}") from None
+        raise UsageError(f"{path} holds --arch {arch} in sizes that fastgan cannot build: {error}") from None
 
 
 def _beyond(config: Config, network: str, options: Mapping[str, Any]) -> dict[str, Any]:
