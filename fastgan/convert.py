@@ -161,7 +161,8 @@ def find(path: Path, kind: str | None = None) -> list[Found]:
             continue
         seen.add(id(value))
         if isinstance(value, list | tuple):
-            left.extend(((*place, str(i)), item, {}) for i, item in enumerate(value))
+            inner = ((i, item) for i, item in enumerate(value) if isinstance(item, dict | list | tuple))
+            left.extend(((*place, str(i)), item, {}) for i, item in inner)
         if not isinstance(value, dict):
             continue
         module = isinstance(value, Record) and "_modules" in value
@@ -174,7 +175,7 @@ def find(path: Path, kind: str | None = None) -> list[Found]:
             left.extend(
                 ((*place, key), item, value)
                 for key, item in value.items()
-                if isinstance(key, str) and len(key) <= LONGEST_NAME
+                if isinstance(key, str) and len(key) <= LONGEST_NAME and isinstance(item, dict | list | tuple)
             )
     return found
 

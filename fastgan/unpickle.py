@@ -33,7 +33,8 @@ from fastgan.config import UsageError
 MAGIC = 0x1950A86A20F9469CFC6C  # in front of what torch.save wrote before it wrote zip files
 LEGACY_PROTOCOL = 1001
 PERSISTENCE = 6  # NVIDIA's torch_utils.persistence, all versions that have been published
-MOST_INSTRUCTIONS = 2_000_000  # checkpoints with optimizers have some ten thousand
+MOST_INSTRUCTIONS = 500_000  # checkpoints with optimizers have some ten thousand; one may take 200 bytes
+MOST_OF_A_PAYLOAD = 100  # a storage that is pickled by itself has some ten, and may be named over and over
 MOST_DIMENSIONS = 16
 _ARCHIVES = ((257, b"ustar", "a tar"), (0, b"\x1f\x8b", "a gzip"), (0, b"7z\xbc\xaf", "a 7z"))
 
@@ -175,10 +176,12 @@ def _read_stream(file: Any, data: Any, payloads: bool = True) -> Any:
     for offset, mark, what in _ARCHIVES:
         if data[offset : offset + len(mark)] == mark:
             raise ValueError(f"it is {what} archive; unpack it and name the checkpoint in it")
-    root = interpret(file, payloads=payloads)
+    most = MOST_INSTRUCTIONS if payloads else MOST_OF_A_PAYLOAD
+    root = interpret(file, payloads=payloads, most=most)
     if type(root) is not int or root != MAGIC:
         return root
-    if interpret(file) != LEGACY_PROTOCOL or _of(dict, interpret(file)).get("little_endian") is not True:
+    protocol, machine = interpret(file, most=most), interpret(file, most=most)
+    if protocol != LEGACY_PROTOCOL or _of(dict, machine).get("little_endian") is not True:
         raise ValueError("it is of an unknown version of torch.save")
     storages: dict[str, Storage] = {}
 
@@ -188,8 +191,8 @@ def _read_stream(file: Any, data: Any, payloads: bool = True) -> Any:
             raise ValueError(f"storage {key} has two sizes")
         return found
 
-    root = interpret(file, storage, payloads)
-    for key in _of(list, interpret(file)):
+    root = interpret(file, storage, payloads, most)
+    for key in _of(list, interpret(file, most=most)):
         found = storages[_of(str, key)]
         numel = int.from_bytes(file.read(8), "little")
         start = file.tell()
@@ -236,11 +239,16 @@ def _read_zip(path: Path) -> Any:
     return interpret(io.BytesIO(archive.read(f"{folder}data.pkl")), storage)
 
 
-def interpret(file: Any, storage: Callable[..., Storage] | None = None, payloads: bool = True) -> Any:
+def interpret(
+    file: Any,
+    storage: Callable[..., Storage] | None = None,
+    payloads: bool = True,
+    most: int = MOST_INSTRUCTIONS,
+) -> Any:
     """The value of the pickle that `file` goes on with; it is left behind it.
 
     `storage(dtype, key, numel)` finds the storages that the pickle names, `payloads` lets it hold storages of
-    its own. ValueError says what is refused.
+    its own, `most` is how many instructions it may have. ValueError says what is refused.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -256,8 +264,8 @@ def interpret(file: Any, storage: Callable[..., Storage] | None = None, payloads
         return values
 
     for count, (op, arg, _) in enumerate(pickletools.genops(file)):
-        if count > MOST_INSTRUCTIONS:
-            raise ValueError(f"it has more than {MOST_INSTRUCTIONS:,} instructions")
+        if count > most:
+            raise ValueError(f"it has more than {most:,} instructions")
         match op.name:
             case "PROTO" | "FRAME":
                 pass
@@ -368,9 +376,12 @@ def _of(kind: type, value: Any) -> Any:
 
 
 def _plain(key: Any) -> Any:
-    """A key or member: numbers and strings alone, for the hash of nested tuples can take forever."""
+    """A key or member: numbers and strings alone, for the hash of nested tuples can take forever, and so can
+    a dict of integers that have one hash."""
     if not isinstance(key, str | bytes | int | float | None):
         raise ValueError("it has keys that are neither numbers nor strings")
+    if isinstance(key, int) and hash(key) != key != -1:
+        raise ValueError("it has keys of more than 61 bits")
     return key
 
 
