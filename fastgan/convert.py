@@ -21,8 +21,11 @@ import collections
 import dataclasses
 import inspect
 import json
+import math
 import re
 import sys
+import types
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +107,9 @@ def parser() -> cli.Parser:
 
 
 def _argument(text: str) -> tuple[str, Any]:
-    name, _, value = text.partition("=")
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE: got {text}")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
@@ -271,7 +276,9 @@ def _converted(path: Path, chosen: Mapping[str, Found], arguments: Mapping[str, 
         if not any(key in parameters for parameters in known.values()):
             raise UsageError(f"--set {key}: no network of --arch {arch} in {path} has such an argument")
         for name, parameters in known.items():
-            options[name] |= {key: value} if key in parameters else {}
+            if key in parameters:
+                _check_argument(key, value, parameters[key].annotation)
+                options[name][key] = value
     config = _config(path, arch, options["discriminator"] | options["generator"])
     for name, state in states.items():
         options[name] = _beyond(config, name, options[name])
@@ -292,6 +299,23 @@ def _converted(path: Path, chosen: Mapping[str, Found], arguments: Mapping[str, 
         options["discriminator"],
         images=0,
     )
+
+
+def _check_argument(key: str, value: Any, kind: Any) -> None:
+    """UsageError if `value` of --set, as JSON has it, is not of the `kind` that a parameter declares."""
+
+    def fits(value: Any, kind: Any) -> bool:
+        if typing.get_origin(kind) is Sequence:
+            return isinstance(value, list) and all(fits(v, *typing.get_args(kind)) for v in value)
+        if isinstance(kind, types.UnionType):
+            return any(fits(value, k) for k in typing.get_args(kind))
+        if kind is float:
+            return type(value) in (int, float) and math.isfinite(value)
+        return kind in (int, bool, str, types.NoneType) and type(value) is kind
+
+    if not fits(value, kind):
+        wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("collections.abc.", "")
+        raise UsageError(f"--set {key} must be of type {wanted}: got {value!s:.40}")
 
 
 def _convert(path: Path, network: Found) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -337,9 +361,9 @@ def _config(path: Path, arch: str, options: Mapping[str, Any]) -> Config:
         given |= {"cond": options["c_dim"] > 0, "classes": options["c_dim"]}
     if "hier" in network_options(arch) and "z_dim" not in options:
         given["hier"] = False  # of the generator that is not there, and has to fit every resolution
-    if (group := given.get("mbstd_group", 1)) > 0:
-        given["batch"] = group * max(1, 16 // group) * 2
     try:
+        if (group := given.get("mbstd_group", 1)) > 0:
+            given["batch"] = group * max(1, 16 // group) * 2
         return make_config(arch, precision="fp32", **given)
     except (UsageError, *UNFIT) as error:
         raise UsageError(f"{path} holds --arch {arch} in sizes that fastgan cannot build: {error}") from None

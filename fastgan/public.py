@@ -21,6 +21,13 @@ from fastgan.models import biggan as biggan_model
 from fastgan.models import r3gan as r3gan_model
 
 State = Mapping[str, Tensor]
+# In the config of pytorch_GAN_zoo's ProGAN; with another loss its images end in tanh.
+ZOO_PROGAN = {
+    "equalizedlR": (True,),
+    "leakyReluLeak": (0.2,),
+    "perChannelNormalization": (True,),
+    "lossCriterion": ("WGANGP",),
+}
 
 
 @dataclass(frozen=True)
@@ -129,26 +136,22 @@ def _side(doublings: int) -> int:
     return 4 << doublings
 
 
-def _check_zoo_loss(source: Source, known: Sequence[str], ends: str) -> None:
-    """The zoo's loss says whether its images end in tanh; ValueError if that is not so in fastgan."""
+def _check_zoo(source: Source, usual: Mapping[str, Any]) -> None:
+    """ValueError if the zoo's config, beside the networks, has none of the `usual` values, which are ours."""
     config = source.beside.get("config")
-    loss = config.get("lossCriterion", known[0]) if isinstance(config, Mapping) else known[0]
-    if loss not in known:
-        raise ValueError(f"its config's lossCriterion is {loss!s:.20}; in fastgan its images always {ends}")
-
-
-def _check_progan(source: Source) -> None:
-    """ValueError for a checkpoint whose config tells of other layers than fastgan's."""
-    config = source.beside.get("config")
-    usual = {"equalizedlR": True, "leakyReluLeak": 0.2, "perChannelNormalization": True}
-    for name, value in usual.items() if isinstance(config, Mapping) else ():
-        if (given := config.get(name, value)) != value:
-            raise ValueError(f"its config's {name} is {given!s:.20}, which is always {value} in fastgan")
-    _check_zoo_loss(source, ("WGANGP",), "do not end in tanh")
+    if not isinstance(config, Mapping):
+        return
+    for name, values in usual.items():
+        given = config.get(name, values[0])
+        if given not in values:
+            # Of other kinds a name alone: what holds itself over and over has no end of a text.
+            said = given if isinstance(given, bool | int | float | str) else f"a {type(given).__name__}"
+            known = " or ".join(map(str, values))
+            raise ValueError(f"its config's {name} is {said!s:.20}, and {known} alone is known")
 
 
 def _progan_generator(state: State, source: Source) -> Converted:
-    _check_progan(source)
+    _check_zoo(source, ZOO_PROGAN)
     weights = progan_generator(dict(state), _alpha(source))
     stages = _count(state, "scaleLayers.{}.0.module.weight")
     widths = [state[f"toRGBLayers.{i}.module.weight"].shape[1] for i in range(stages + 1)]
@@ -162,7 +165,7 @@ def _progan_generator(state: State, source: Source) -> Converted:
 
 
 def _progan_discriminator(state: State, source: Source) -> Converted:
-    _check_progan(source)
+    _check_zoo(source, ZOO_PROGAN)
     if (outputs := len(state["decisionLayer.module.weight"])) != 1:
         raise ValueError(f"it has {outputs} outputs, some of them classes (AC-GAN), where fastgan's has one")
     stages = _count(state, "scaleLayers.{}.0.module.weight")
@@ -853,7 +856,7 @@ def _dcgan_layers(
 
 def _dcgan_generator(state: State, source: Source) -> Converted:
     """pytorch/examples' generator, or any row of transposed convolutions with BatchNorm and ReLU between."""
-    _check_zoo_loss(source, ("DCGAN", "MSE"), "end in tanh")
+    _check_zoo(source, {"lossCriterion": ("DCGAN", "MSE")})  # images of others do not end in tanh
     row = _row(state)
     assert row is not None
     shapes = [state[f"{conv}.weight"].shape for conv in row.convs]

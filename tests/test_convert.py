@@ -261,8 +261,8 @@ def test_a_refusal_says_what_fastgan_has_not(tmp_path: Path):
     wide = G | {f"linear.{part}": G[f"linear.{part}"].repeat_interleave(4, 0) for part in ("weight", "bias")}
     refuses(wide, "first map is not one of 4x4 pixels", tmp_path)
     refuses(D | {"blocks.0.0.conv1.weight": torch.ones(3, 3, 3, 3)}, r"narrow .*D_wide", tmp_path)
-    deep = dict(z_dim=5, c_dim=4, resolution=32, ngf=4, shared_dim=3, deep=True, attention=0)
-    state = biggan_names(biggan.Generator(**deep))
+    deep = biggan.Generator(5, 4, 32, ngf=4, shared_dim=3, deep=True, attention=0)
+    state = biggan_names(deep)
     odd = {k: v for k, v in state.items() if not k.startswith("blocks.5.")}
     refuses(odd, r"not two blocks a stage \(--G_depth\)", tmp_path)
     state = biggan_names(biggan.Discriminator(c_dim=4, resolution=32, ndf=4, deep=True, attention=0))
@@ -281,7 +281,8 @@ def test_a_refusal_says_what_fastgan_has_not(tmp_path: Path):
         ({"equalizedlR": False}, "equalizedlR is False"),
         ({"leakyReluLeak": 0.1}, "leakyReluLeak is 0.1"),
         ({"perChannelNormalization": False}, "perChannelNormalization is False"),
-        ({"lossCriterion": "DCGAN"}, "lossCriterion is DCGAN"),
+        ({"lossCriterion": "DCGAN"}, "lossCriterion is DCGAN, and WGANGP alone is known"),
+        ({"equalizedlR": [[]]}, "equalizedlR is a list"),
     ],
 )
 def test_a_config_of_the_zoo_with_other_layers(config: dict[str, Any], text: str, tmp_path: Path):
@@ -656,7 +657,7 @@ def test_r3gan_pickles(protocol: int, tmp_path: Path, monkeypatch):
             for part in places:
                 if part not in place._modules:
                     inner = made("R3GAN.Networks", name if part == "Model" else f"Layer{part}")()
-                    inner.DataType = torch.bfloat16 if part == "0" else torch.float32
+                    inner.__dict__["DataType"] = torch.bfloat16 if part == "0" else torch.float32
                     place.add_module(part, inner)
                 place = place.get_submodule(part)
             place.register_parameter(leaf, nn.Parameter(tensor.clone()))
@@ -806,3 +807,21 @@ def test_what_the_command_prints(tmp_path: Path, capsys):
     assert "--set depth: no network of --arch stylegan" in refused(
         src, capsys, "--set", "depth=3", out=tmp_path / "no.safetensors"
     )
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("conv_clamp=wide", "conv_clamp must be of type float | None: got wide"),
+        ("conv_clamp=NaN", "conv_clamp must be of type float | None: got nan"),
+        ("conv_clamp", "must be NAME=VALUE: got conv_clamp"),
+        ("mbstd_group=2.5", "mbstd_group must be of type int | None: got 2.5"),
+        ("taps=[1, true]", "taps must be of type Sequence[float]: got [1, True]"),
+        ("mapping_layers=true", "mapping_layers must be of type int: got True"),
+        ("dtype=3", "dtype must be of type torch.dtype | None: got 3"),
+    ],
+)
+def test_a_wrong_value_of_set(argument: str, said: str, tmp_path: Path, capsys):
+    src, out = GOLDEN / "checkpoints" / "rosinality_public0.pt", tmp_path / "no.safetensors"
+    assert convert.main([str(src), str(out), "--set", argument]) == 2 and not out.exists()
+    assert said in capsys.readouterr().err
