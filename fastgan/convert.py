@@ -21,8 +21,11 @@ import collections
 import dataclasses
 import inspect
 import json
+import math
 import re
 import sys
+import types
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +107,9 @@ def parser() -> cli.Parser:
 
 
 def _argument(text: str) -> tuple[str, Any]:
-    name, _, value = text.partition("=")
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE: got {text}")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
@@ -161,7 +166,8 @@ def find(path: Path, kind: str | None = None) -> list[Found]:
             continue
         seen.add(id(value))
         if isinstance(value, list | tuple):
-            left.extend(((*place, str(i)), item, {}) for i, item in enumerate(value))
+            inner = ((i, item) for i, item in enumerate(value) if isinstance(item, dict | list | tuple))
+            left.extend(((*place, str(i)), item, {}) for i, item in inner)
         if not isinstance(value, dict):
             continue
         module = isinstance(value, Record) and "_modules" in value
@@ -174,7 +180,7 @@ def find(path: Path, kind: str | None = None) -> list[Found]:
             left.extend(
                 ((*place, key), item, value)
                 for key, item in value.items()
-                if isinstance(key, str) and len(key) <= LONGEST_NAME
+                if isinstance(key, str) and len(key) <= LONGEST_NAME and isinstance(item, dict | list | tuple)
             )
     return found
 
@@ -198,7 +204,8 @@ def _flat(path: Path, module: Mapping[str, Any]) -> dict[str, Any]:
             if count > MOST_NAMES or depth > DEPTH or not named:
                 raise UsageError(f"{path} is refused: its modules hold one another without end")
             if group is inner:
-                left += [(f"{prefix}{n}.", m, depth + 1) for n, m in group.items() if isinstance(m, dict)]
+                inside = [(f"{prefix}{n}.", m, depth + 1) for n, m in group.items() if isinstance(m, dict)]
+                left += inside[::-1]  # the first is the next
             else:
                 state |= {f"{prefix}{name}": tensor for name, tensor in group.items()}
     return state
@@ -269,7 +276,9 @@ def _converted(path: Path, chosen: Mapping[str, Found], arguments: Mapping[str, 
         if not any(key in parameters for parameters in known.values()):
             raise UsageError(f"--set {key}: no network of --arch {arch} in {path} has such an argument")
         for name, parameters in known.items():
-            options[name] |= {key: value} if key in parameters else {}
+            if key in parameters:
+                _check_argument(key, value, parameters[key].annotation)
+                options[name][key] = value
     config = _config(path, arch, options["discriminator"] | options["generator"])
     for name, state in states.items():
         options[name] = _beyond(config, name, options[name])
@@ -290,6 +299,23 @@ def _converted(path: Path, chosen: Mapping[str, Found], arguments: Mapping[str, 
         options["discriminator"],
         images=0,
     )
+
+
+def _check_argument(key: str, value: Any, kind: Any) -> None:
+    """UsageError if `value` of --set, as JSON has it, is not of the `kind` that a parameter declares."""
+
+    def fits(value: Any, kind: Any) -> bool:
+        if typing.get_origin(kind) is Sequence:
+            return isinstance(value, list) and all(fits(v, *typing.get_args(kind)) for v in value)
+        if isinstance(kind, types.UnionType):
+            return any(fits(value, k) for k in typing.get_args(kind))
+        if kind is float:
+            return type(value) in (int, float) and math.isfinite(value)
+        return kind in (int, bool, str, types.NoneType) and type(value) is kind
+
+    if not fits(value, kind):
+        wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("collections.abc.", "")
+        raise UsageError(f"--set {key} must be of type {wanted}: got {value!s:.40}")
 
 
 def _convert(path: Path, network: Found) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -327,18 +353,20 @@ def _config(path: Path, arch: str, options: Mapping[str, Any]) -> Config:
     """The preset of `arch` with the networks' sizes, as far as it has fields for them, and in fp32: outputs
     are to equal the peer's."""
     if any(type(value) is int and value > LARGEST for value in options.values()):
-        raise UsageError(f"{path} holds an {arch} of sizes that no network has")
+        raise UsageError(f"{path} holds --arch {arch} in sizes that no network has")
     fields = {f.name: f for f in dataclasses.fields(Config)}
     given = {k: v for k, v in options.items() if k in fields and k in network_options(arch) and v is not None}
     given = {k: v for k, v in given.items() if not (choices := fields[k].metadata["choices"]) or v in choices}
     if "c_dim" in options:
         given |= {"cond": options["c_dim"] > 0, "classes": options["c_dim"]}
-    if (group := given.get("mbstd_group", 1)) > 0:
-        given["batch"] = group * max(1, 16 // group) * 2
+    if "hier" in network_options(arch) and "z_dim" not in options:
+        given["hier"] = False  # of the generator that is not there, and has to fit every resolution
     try:
+        if (group := given.get("mbstd_group", 1)) > 0:
+            given["batch"] = group * max(1, 16 // group) * 2
         return make_config(arch, precision="fp32", **given)
     except (UsageError, *UNFIT) as error:
-        raise UsageError(f"{path} holds an {arch} of sizes that fastgan cannot build: {error}") from None
+        raise UsageError(f"{path} holds --arch {arch} in sizes that fastgan cannot build: {error}") from None
 
 
 def _beyond(config: Config, network: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,13 @@ from fastgan.models import biggan as biggan_model
 from fastgan.models import r3gan as r3gan_model
 
 State = Mapping[str, Tensor]
+# In the config of pytorch_GAN_zoo's ProGAN; with another loss its images end in tanh.
+ZOO_PROGAN = {
+    "equalizedlR": (True,),
+    "leakyReluLeak": (0.2,),
+    "perChannelNormalization": (True,),
+    "lossCriterion": ("WGANGP",),
+}
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ def progan_discriminator(state: dict[str, Tensor], alpha: float = 0.0, group: in
     if out["b4.conv.weight"].shape[1] == out["b4.conv.weight"].shape[0]:
         return out  # without minibatch standard deviation
     larger = math.sqrt(group / (group - 1))
-    for layer in ("fromrgb.0", "blocks.0.1"):  # what the last 4x4 sees, grown or not
+    for layer in ("fromrgb.0", "blocks.0.1")[: stages + 1]:  # what the last 4x4 sees, grown or not
         out |= {f"{layer}.{part}": out[f"{layer}.{part}"] * larger for part in ("weight", "bias")}
     features, deviation = out["b4.conv.weight"].split([out["b4.conv.weight"].shape[1] - 1, 1], dim=1)
     out["b4.conv.weight"] = torch.cat([features / larger, deviation], dim=1)
@@ -129,7 +136,22 @@ def _side(doublings: int) -> int:
     return 4 << doublings
 
 
+def _check_zoo(source: Source, usual: Mapping[str, Any]) -> None:
+    """ValueError if the zoo's config, beside the networks, has none of the `usual` values, which are ours."""
+    config = source.beside.get("config")
+    if not isinstance(config, Mapping):
+        return
+    for name, values in usual.items():
+        given = config.get(name, values[0])
+        if given not in values:
+            # Of other kinds a name alone: what holds itself over and over has no end of a text.
+            said = given if isinstance(given, bool | int | float | str) else f"a {type(given).__name__}"
+            known = " or ".join(map(str, values))
+            raise ValueError(f"its config's {name} is {said!s:.20}, and {known} alone is known")
+
+
 def _progan_generator(state: State, source: Source) -> Converted:
+    _check_zoo(source, ZOO_PROGAN)
     weights = progan_generator(dict(state), _alpha(source))
     stages = _count(state, "scaleLayers.{}.0.module.weight")
     widths = [state[f"toRGBLayers.{i}.module.weight"].shape[1] for i in range(stages + 1)]
@@ -143,6 +165,9 @@ def _progan_generator(state: State, source: Source) -> Converted:
 
 
 def _progan_discriminator(state: State, source: Source) -> Converted:
+    _check_zoo(source, ZOO_PROGAN)
+    if (outputs := len(state["decisionLayer.module.weight"])) != 1:
+        raise ValueError(f"it has {outputs} outputs, some of them classes (AC-GAN), where fastgan's has one")
     stages = _count(state, "scaleLayers.{}.0.module.weight")
     weights = progan_discriminator(dict(state), _alpha(source) if stages > 1 else 0.0)
     widths = [state[f"fromRGBLayers.{i}.module.weight"].shape[0] for i in range(stages + 1)]
@@ -409,7 +434,12 @@ def biggan_discriminator(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _biggan(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Blocks in one list, not one a stage; a weight with a u0 beside it is spectrally normalized."""
+    """Blocks in one list, not one a stage; a weight with a u0 beside it is spectrally normalized.
+
+    Its u1 and so on are for singular values that it logs. With --cross_replica or --mybn a batch norm keeps
+    its statistics in a module "bn".
+    """
+    state = {re.sub(r"\.bn\.(running|stored)_(mean|var)$", r".stored_\2", k): t for k, t in state.items()}
     nested = sorted({tuple(map(int, k.split(".")[1:3])) for k in state if k.startswith("blocks.")})
     stem = any(k.startswith("input_conv.") for k in state)
     places = {f"blocks.{i}.{j}": f"blocks.{n + stem}" for n, (i, j) in enumerate(nested)}
@@ -432,7 +462,7 @@ def _biggan(state: dict[str, Tensor]) -> dict[str, Tensor]:
             ours[f"{owner}.num_batches_tracked"] = torch.tensor(0)
         elif name == "stored_var":
             ours[f"{owner}.running_var"] = tensor
-        elif not name.startswith("sv"):  # what sigma last was
+        elif not re.fullmatch(r"sv\d+|u\d+|num_batches_tracked|accumulation_counter", name):
             ours[f"{owner}.{'weight' if name == 'gain' else name}".lstrip(".")] = tensor
     return ours
 
@@ -445,6 +475,13 @@ def _biggan_generator(state: State, source: Source) -> Converted:
     lists = _count(state, "blocks.{}.0.conv1.weight")
     stages = lists // 2 if deep else lists
     resolution = _side(stages)
+    if not any(name.endswith(".u0") for name in state):
+        raise ValueError("its layers are not spectrally normalized (--G_param), which fastgan's always are")
+    weights = biggan_generator(dict(state))
+    if "bn.running_mean" not in weights or "blocks.0.bn1.running_mean" not in weights:
+        raise ValueError("its norms are no batch norms (--norm_style), which fastgan's always are")
+    if state["linear.weight"].shape[0] != 16 * state["blocks.0.0.conv1.weight"].shape[1]:
+        raise ValueError("its first map is not one of 4x4 pixels (--bottom_width), as fastgan's always is")
     seen = state["blocks.0.0.bn1.gain.weight"]  # [C, what BatchNorms see], or an embedding [classes, C]
     shared = state.get("shared.weight")
     z_dim, hier = first, False
@@ -453,19 +490,24 @@ def _biggan_generator(state: State, source: Source) -> Converted:
         hier = chunk > 0
         z_dim = chunk if deep else chunk * (stages + 1) if hier else first
     last = state["output_layer.0.gain"].numel()
+    widths = _factor(biggan_model.G_WIDTHS, resolution)
+    ngf = last // widths[-1]
+    outputs = [state[f"blocks.{i}.0.conv4.weight"].shape[0] for i in range(lists) if deep]
+    if deep and (lists % 2 or outputs[1::2] != [ngf * width for width in widths]):
+        raise ValueError("it has not two blocks a stage (--G_depth), as fastgan's BigGAN-deep always has")
     options = {
         "z_dim": z_dim,
         "c_dim": seen.shape[0] if shared is None else shared.shape[0],
         "resolution": resolution,
         "channels": state["output_layer.2.weight"].shape[0],
-        "ngf": last // _factor(biggan_model.G_WIDTHS, resolution)[-1],
+        "ngf": ngf,
         "shared_dim": 0 if shared is None else shared.shape[1],
         "hier": hier,
         "deep": deep,
         "attention": 0,
         "attention_behind": [i // 2 if deep else i for i in _attention_lists(state)] or None,
     }
-    return biggan_generator(dict(state)), options
+    return weights, options
 
 
 def _biggan_discriminator(state: State, source: Source) -> Converted:
@@ -476,6 +518,10 @@ def _biggan_discriminator(state: State, source: Source) -> Converted:
     if stages not in by_stages:
         raise ValueError(f"a discriminator of {stages} stages is of no known resolution")
     resolution = by_stages[stages]
+    if deep and _count(state, "blocks.0.{}.conv1.weight") != 2:
+        raise ValueError("it has not two blocks a stage (--D_depth), as fastgan's BigGAN-deep always has")
+    if not deep and first.shape[0] != state["blocks.0.0.conv2.weight"].shape[0]:
+        raise ValueError("its blocks are narrow in their middle (without --D_wide), as fastgan's never are")
     embed = state.get("embed.weight")
     options = {
         "c_dim": 0 if embed is None else embed.shape[0],
@@ -623,7 +669,18 @@ def _renamed(state: State, modules: Mapping[str, str]) -> dict[str, Tensor]:
     return {f"{modules[split[k][0]]}.{split[k][2]}": tensor for k, tensor in state.items()}
 
 
+def _check_cyclegan(state: State) -> None:
+    if any(name.endswith(".filt") for name in state):
+        raise ValueError("it is antialiased (--no_antialias is off), as fastgan's CycleGAN never is")
+    modules = {name.rpartition(".")[0] for name in state}
+    inner = [m for m in modules if state[f"{m}.weight"].ndim == 4 and f"{m}.bias" not in state]
+    if inner and not any(state[f"{m}.weight"].ndim == 1 for m in modules):
+        raise ValueError("it has no norms (--norm none), where fastgan's has instance or batch norms")
+
+
 def _cyclegan_generator(state: State, source: Source) -> Converted:
+    state = _without_idle_statistics(state)
+    _check_cyclegan(state)
     weights = cyclegan_generator(state)
     out_channels, channels = weights["out.weight"].shape[0], weights["stem.weight"].shape[1]
     options = {
@@ -652,6 +709,8 @@ def cyclegan_discriminator(state: State) -> dict[str, Tensor]:
 
 
 def _cyclegan_discriminator(state: State, source: Source) -> Converted:
+    state = _without_idle_statistics(state)
+    _check_cyclegan(state)
     weights = cyclegan_discriminator(state)
     stem = weights["stem.weight"]
     layers = 0 if stem.shape[-1] == 1 else _count(weights, "convs.{}.weight")
@@ -797,6 +856,7 @@ def _dcgan_layers(
 
 def _dcgan_generator(state: State, source: Source) -> Converted:
     """pytorch/examples' generator, or any row of transposed convolutions with BatchNorm and ReLU between."""
+    _check_zoo(source, {"lossCriterion": ("DCGAN", "MSE")})  # images of others do not end in tanh
     row = _row(state)
     assert row is not None
     shapes = [state[f"{conv}.weight"].shape for conv in row.convs]
@@ -831,7 +891,7 @@ PEERS = (
     Peer("stylegan2", "stylegan", D, _with("b4.out.weight", "b4.fc.weight"), _stylegan2_discriminator),
     Peer("rosinality", "stylegan", G, _with("input.input", "style.1.weight"), _rosinality_generator),
     Peer("rosinality", "stylegan", D, _with("final_linear.1.weight"), _rosinality_discriminator),
-    Peer("biggan", "biggan", G, _with("blocks.0.0.bn1.stored_mean", "linear.weight"), _biggan_generator),
+    Peer("biggan", "biggan", G, _with("blocks.0.0.bn1.gain.weight", "linear.weight"), _biggan_generator),
     Peer("biggan", "biggan", D, _with("blocks.0.0.conv1.u0", "linear.weight"), _biggan_discriminator),
     Peer("progan", "progan", G, _with("formatLayer.module.weight"), _progan_generator),
     Peer("progan", "progan", D, _with("decisionLayer.module.weight"), _progan_discriminator),

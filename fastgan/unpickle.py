@@ -33,8 +33,10 @@ from fastgan.config import UsageError
 MAGIC = 0x1950A86A20F9469CFC6C  # in front of what torch.save wrote before it wrote zip files
 LEGACY_PROTOCOL = 1001
 PERSISTENCE = 6  # NVIDIA's torch_utils.persistence, all versions that have been published
-MOST_INSTRUCTIONS = 2_000_000  # checkpoints with optimizers have some ten thousand
+MOST_INSTRUCTIONS = 500_000  # checkpoints with optimizers have some ten thousand; one may take 200 bytes
+MOST_OF_A_PAYLOAD = 100  # a storage that is pickled by itself has some ten, and may be named over and over
 MOST_DIMENSIONS = 16
+_ARCHIVES = ((257, b"ustar", "a tar"), (0, b"\x1f\x8b", "a gzip"), (0, b"7z\xbc\xaf", "a 7z"))
 
 DTYPES = {
     "Double": torch.float64,
@@ -171,10 +173,15 @@ def tensors(path: Path, claims: Mapping[str, Claim]) -> dict[str, Tensor]:
 def _read_stream(file: Any, data: Any, payloads: bool = True) -> Any:
     """A pickle, or torch.save's old format: four pickles, the names of the storages, then the storages, each
     behind its length. `file` reads `data`; `payloads` allows for such files within."""
-    root = interpret(file, payloads=payloads)
+    for offset, mark, what in _ARCHIVES:
+        if data[offset : offset + len(mark)] == mark:
+            raise ValueError(f"it is {what} archive; unpack it and name the checkpoint in it")
+    most = MOST_INSTRUCTIONS if payloads else MOST_OF_A_PAYLOAD
+    root = interpret(file, payloads=payloads, most=most)
     if type(root) is not int or root != MAGIC:
         return root
-    if interpret(file) != LEGACY_PROTOCOL or _of(dict, interpret(file)).get("little_endian") is not True:
+    protocol, machine = interpret(file, most=most), interpret(file, most=most)
+    if protocol != LEGACY_PROTOCOL or _of(dict, machine).get("little_endian") is not True:
         raise ValueError("it is of an unknown version of torch.save")
     storages: dict[str, Storage] = {}
 
@@ -184,8 +191,8 @@ def _read_stream(file: Any, data: Any, payloads: bool = True) -> Any:
             raise ValueError(f"storage {key} has two sizes")
         return found
 
-    root = interpret(file, storage, payloads)
-    for key in _of(list, interpret(file)):
+    root = interpret(file, storage, payloads, most)
+    for key in _of(list, interpret(file, most=most)):
         found = storages[_of(str, key)]
         numel = int.from_bytes(file.read(8), "little")
         start = file.tell()
@@ -232,11 +239,16 @@ def _read_zip(path: Path) -> Any:
     return interpret(io.BytesIO(archive.read(f"{folder}data.pkl")), storage)
 
 
-def interpret(file: Any, storage: Callable[..., Storage] | None = None, payloads: bool = True) -> Any:
+def interpret(
+    file: Any,
+    storage: Callable[..., Storage] | None = None,
+    payloads: bool = True,
+    most: int = MOST_INSTRUCTIONS,
+) -> Any:
     """The value of the pickle that `file` goes on with; it is left behind it.
 
     `storage(dtype, key, numel)` finds the storages that the pickle names, `payloads` lets it hold storages of
-    its own. ValueError says what is refused.
+    its own, `most` is how many instructions it may have. ValueError says what is refused.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -252,8 +264,8 @@ def interpret(file: Any, storage: Callable[..., Storage] | None = None, payloads
         return values
 
     for count, (op, arg, _) in enumerate(pickletools.genops(file)):
-        if count > MOST_INSTRUCTIONS:
-            raise ValueError(f"it has more than {MOST_INSTRUCTIONS:,} instructions")
+        if count > most:
+            raise ValueError(f"it has more than {most:,} instructions")
         match op.name:
             case "PROTO" | "FRAME":
                 pass
@@ -364,9 +376,12 @@ def _of(kind: type, value: Any) -> Any:
 
 
 def _plain(key: Any) -> Any:
-    """A key or member: numbers and strings alone, for the hash of nested tuples can take forever."""
+    """A key or member: numbers and strings alone, for the hash of nested tuples can take forever, and so can
+    a dict of integers that have one hash."""
     if not isinstance(key, str | bytes | int | float | None):
         raise ValueError("it has keys that are neither numbers nor strings")
+    if isinstance(key, int) and hash(key) != key != -1:
+        raise ValueError("it has keys of more than 61 bits")
     return key
 
 
@@ -389,10 +404,12 @@ class _Type:
     dtype: torch.dtype
 
 
-def _admit(module: str, name: str) -> "_Name | _Type":
+def _admit(module: str, name: str) -> "_Name | _Type | torch.dtype":
     full = f"{module}.{name}"
     if module in ("torch", "torch.storage") and name.removesuffix("Storage") in DTYPES:
         return _Type(DTYPES[name.removesuffix("Storage")])
+    if full in _DTYPE_NAMES:  # R3GAN's stages have one as an attribute
+        return _DTYPE_NAMES[full]
     if full in _FUNCTIONS:
         return _Name(full, _FUNCTIONS[full])
     if full in _RECORDS or module.startswith(_MODULES):
@@ -408,7 +425,8 @@ _RECORDS = {
     "models.utils.config.BaseConfig",  # pytorch_GAN_zoo's
     "utils.config.BaseConfig",
 }
-_MODULES = ("torch.nn.modules.", "R3GAN.")
+_MODULES = ("torch.nn.modules.", "R3GAN.", "training.networks")  # the last is R3GAN's, around the others
+_DTYPE_NAMES = {str(dtype): dtype for dtype in DTYPES.values()}
 
 
 def _record(full: str, *args: Any) -> Record:
@@ -453,8 +471,10 @@ def _encoded(text: Any, encoding: Any) -> bytes:
     return codecs.latin_1_encode(_of(str, text))[0]
 
 
-def _stored(name: Any, storage: Callable[..., Storage] | None) -> Storage:
+def _stored(name: Any, storage: Callable[..., Storage] | None) -> "Storage | _Name":
     name = _of(tuple, name)
+    if len(name) == 4 and name[0] == "module":  # a class, which torch.save's old format wrote with its source
+        return _of(_Name, name[1])
     if storage is None or len(name) not in (5, 6) or name[0] != "storage" or name[5:] not in ((), (None,)):
         raise ValueError("it refers to something outside of itself that is no storage")
     kind, key, numel = name[1], name[2], name[4]

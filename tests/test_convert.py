@@ -4,8 +4,11 @@ networks of other sizes."""
 import argparse
 import collections
 import json
+import pickle
 import re
 import sys
+import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,13 @@ from torch import Tensor, nn
 import fastgan
 from fastgan import convert
 from fastgan.config import UsageError
+from fastgan.equalized import BLUR
+from fastgan.kernels.upfirdn2d import setup_filter
 from fastgan.models import biggan, progan, r3gan, stylegan
 from fastgan.pretrained import build, read_own
 from fastgan.spectral import SelfAttention
 
+PARTS = ("weight", "bias")
 CHECKPOINTS = json.loads((GOLDEN / "index.json").read_text())["checkpoints"]
 WHOLE = ("dcgan", "stylegan2", "biggan", "cyclegan", "progan", "r3gan", "rosinality")
 NETWORKS = [
@@ -238,6 +244,58 @@ def test_what_fastgan_has_not_is_refused_by_name(tmp_path: Path, capsys, monkeyp
     state["output_layer.0.gain"] = torch.ones([])
     torch.save(state, tmp_path / "biggan.pth")
     assert "--ngf must be at least 1: got 0" in refused(tmp_path / "biggan.pth", capsys)
+
+
+def refuses(state: dict[str, Any], text: str, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "refused.pth")
+    with pytest.raises(UsageError, match=text):
+        convert.read(tmp_path / "refused.pth")
+
+
+def test_a_refusal_says_what_fastgan_has_not(tmp_path: Path):
+    """Arguments of the peers' constructors for which ours have none."""
+    G = peer_state(named("biggan_nets/G_0_res32_attn0_hier0_eval"))
+    D = peer_state(named("biggan_nets/D_0_res32_attn0_hier0_eval"))
+    refuses({k: v for k, v in G.items() if not k.endswith(".u0")}, "not spectrally normalized", tmp_path)
+    refuses({k: v for k, v in G.items() if ".stored_" not in k}, "are no batch norms", tmp_path)
+    wide = G | {f"linear.{part}": G[f"linear.{part}"].repeat_interleave(4, 0) for part in ("weight", "bias")}
+    refuses(wide, "first map is not one of 4x4 pixels", tmp_path)
+    refuses(D | {"blocks.0.0.conv1.weight": torch.ones(3, 3, 3, 3)}, r"narrow .*D_wide", tmp_path)
+    deep = biggan.Generator(5, 4, 32, ngf=4, shared_dim=3, deep=True, attention=0)
+    state = biggan_names(deep)
+    odd = {k: v for k, v in state.items() if not k.startswith("blocks.5.")}
+    refuses(odd, r"not two blocks a stage \(--G_depth\)", tmp_path)
+    state = biggan_names(biggan.Discriminator(c_dim=4, resolution=32, ndf=4, deep=True, attention=0))
+    odd = {k: v for k, v in state.items() if not re.match(r"blocks\.\d\.1\.", k)}
+    refuses(odd, r"not two blocks a stage \(--D_depth\)", tmp_path)
+    resnet = {k: v for k, v in peer_state(named("cyclegan_nets/G0_resnet_instance")).items()}
+    refuses(resnet | {"model.7.filt": torch.ones(8, 1, 3, 3)}, "antialiased", tmp_path)
+    last = max(int(k.split(".")[1]) for k in resnet)
+    bare = {k: v for k, v in resnet.items() if not k.endswith("bias") or k == f"model.{last}.bias"}
+    refuses(bare, "no norms", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"equalizedlR": False}, "equalizedlR is False"),
+        ({"leakyReluLeak": 0.1}, "leakyReluLeak is 0.1"),
+        ({"perChannelNormalization": False}, "perChannelNormalization is False"),
+        ({"lossCriterion": "DCGAN"}, "lossCriterion is DCGAN, and WGANGP alone is known"),
+        ({"equalizedlR": [[]]}, "equalizedlR is a list"),
+    ],
+)
+def test_a_config_of_the_zoo_with_other_layers(config: dict[str, Any], text: str, tmp_path: Path):
+    refuses({"config": config, "netG": peer_state(named("progan_nets/G0"))}, text, tmp_path)
+    D = peer_state(named("progan_nets/D0"))
+    classes = {
+        f"decisionLayer.module.{p}": D[f"decisionLayer.module.{p}"].repeat_interleave(3, 0) for p in PARTS
+    }
+    refuses({"netD": D | classes}, r"3 outputs, some of them classes \(AC-GAN\)", tmp_path)
+    G = peer_state(named("dcgan_nets/G0_eval"))
+    refuses({"config": {"lossCriterion": "WGANGP"}, "netG": G}, "lossCriterion is WGANGP", tmp_path)
+    torch.save({"config": {"lossCriterion": "MSE"}, "netG": G}, tmp_path / "g.pth")
+    assert convert.read(tmp_path / "g.pth").config.arch == "dcgan"
 
 
 # DCGAN of other builds
@@ -483,6 +541,38 @@ def test_biggan_of_other_sizes(name: str, tmp_path: Path):
     torch.testing.assert_close(again(images, c), D.double()(images, c))
 
 
+@pytest.mark.parametrize("renamed", ["cross_replica", "mybn", "num_G_SVs"])
+@torch.no_grad()
+def test_biggan_with_other_buffers(renamed: str, tmp_path: Path):
+    """Statistics in a batch norm of their own, or singular vectors beyond the first."""
+    torch.manual_seed(0)
+    G = randomized(biggan.Generator(**BIGGANS["shared"], attention=0))
+    state = biggan_names(G)
+    if renamed == "num_G_SVs":
+        state |= {k.replace(".u0", ".u1"): v for k, v in state.items() if k.endswith(".u0")}
+        state |= {k.replace(".sv0", ".sv1"): v for k, v in state.items() if k.endswith(".sv0")}
+    else:
+        name, count = (
+            ("running", "num_batches_tracked")
+            if renamed == "cross_replica"
+            else ("stored", "accumulation_counter")
+        )
+        state |= {
+            k.replace("stored_mean", f"bn.{count}"): torch.ones(1) for k in state if k.endswith("stored_mean")
+        }
+        state = {k.replace(".stored_", f".bn.{name}_"): v for k, v in state.items()}
+    torch.save(state, tmp_path / "G_ema.pth")
+    z, c = torch.randn(2, 7), torch.eye(4)[:2]
+    torch.testing.assert_close(fastgan.load(tmp_path / "G_ema.pth", device="cpu")(z, c), G(z, c))
+
+
+def test_a_discriminator_alone_of_256_pixels(tmp_path: Path):
+    """No generator has to fit beside it: the preset's z does not divide by 7."""
+    D = biggan.Discriminator(c_dim=2, resolution=256, ndf=1, attention=0)
+    torch.save(biggan_names(D), tmp_path / "D.pth")
+    assert convert.read(tmp_path / "D.pth").config.resolution == 256
+
+
 def r3gan_names(net: Any) -> dict[str, Tensor]:
     generator = isinstance(net, r3gan.Generator)
     state = {}
@@ -540,6 +630,50 @@ def test_r3gan_of_other_sizes(sizes: list[list[int]], tmp_path: Path):
     torch.testing.assert_close(fastgan.load(converted(tmp_path / "G.pth"), device="cpu")(z, c), images)
     again = fastgan.load(converted(tmp_path / "D.pth"), "discriminator", "cpu")
     torch.testing.assert_close(again(images, c), D(images, c))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@torch.no_grad()
+def test_r3gan_pickles(protocol: int, tmp_path: Path, monkeypatch):
+    """As its training writes them: plain modules of its own classes, stages with a dtype, no state dict."""
+    modules = ("training", "training.networks", "R3GAN", "R3GAN.Networks")
+    for name in modules:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+
+    def made(module: str, name: str) -> type[nn.Module]:
+        made = type(name, (nn.Module,), {"__module__": module})
+        return sys.modules[module].__dict__.setdefault(name, made)
+
+    torch.manual_seed(0)
+    sizes = {"resolution": 8, "sizes": [[8, 2, 1], [4, 2, 1]], "c_dim": 3}
+    nets = {"G_ema": randomized(r3gan.Generator(5, **sizes)), "D": randomized(r3gan.Discriminator(**sizes))}
+    data: dict[str, Any] = {"training_set_kwargs": {"path": "a.zip"}}
+    for key, net in nets.items():
+        name = "Discriminator" if key == "D" else "Generator"
+        root = data[key] = made("training.networks", name)()
+        for path, tensor in r3gan_names(net).items():
+            *places, leaf = path.split(".")
+            place = root
+            for part in places:
+                if part not in place._modules:
+                    inner = made("R3GAN.Networks", name if part == "Model" else f"Layer{part}")()
+                    inner.__dict__["DataType"] = torch.bfloat16 if part == "0" else torch.float32
+                    place.add_module(part, inner)
+                place = place.get_submodule(part)
+            place.register_parameter(leaf, nn.Parameter(tensor.clone()))
+        for i in range(2):
+            resampled = root.get_submodule(f"Model.MainLayers.{i}.Layers.0")
+            resampled.register_module("Resampler", made("R3GAN.Networks", "Resampler")())
+            resampled.get_submodule("Resampler").register_buffer("Kernel", setup_filter(BLUR))
+    (tmp_path / "network.pkl").write_bytes(pickle.dumps(data, protocol))
+    for name in modules:
+        monkeypatch.delitem(sys.modules, name)
+    z, c = torch.randn(2, 5), torch.eye(3)[:2]
+    images = nets["G_ema"](z, c)
+    path = converted(tmp_path / "network.pkl")
+    torch.testing.assert_close(fastgan.load(path, device="cpu")(z, c), images)
+    again = fastgan.load(path, "discriminator", "cpu")
+    torch.testing.assert_close(again(images, c), nets["D"](images, c))
 
 
 @torch.no_grad()
@@ -635,6 +769,19 @@ def test_formats_of_torch_save(legacy: bool, tmp_path: Path):
     check(converted(tmp_path / "g.pth"), case)
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+@torch.no_grad()
+def test_a_module_saved_whole(legacy: bool, tmp_path: Path):
+    """Its layers keep their order; the old format holds classes beside the module's source."""
+    net = randomized(dcgan_generator([4, 4, 4], [4, 3, 2], [4, 8, 16], bias=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sources that could not be found
+        torch.save(net, tmp_path / "g.pth", _use_new_zipfile_serialization=not legacy)
+    z = torch.randn(2, 6)
+    again = fastgan.load(converted(tmp_path / "g.pth"), device="cpu")
+    torch.testing.assert_close(again(z), net(z[:, :, None, None]))
+
+
 def test_our_own_files_pass_through(tmp_path: Path):
     (tmp_path / "g.pth").write_bytes((GOLDEN / "checkpoints" / "biggan_public0_G.pth").read_bytes())
     first = read_own(converted(tmp_path / "g.pth"))
@@ -660,3 +807,21 @@ def test_what_the_command_prints(tmp_path: Path, capsys):
     assert "--set depth: no network of --arch stylegan" in refused(
         src, capsys, "--set", "depth=3", out=tmp_path / "no.safetensors"
     )
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("conv_clamp=wide", "conv_clamp must be of type float | None: got wide"),
+        ("conv_clamp=NaN", "conv_clamp must be of type float | None: got nan"),
+        ("conv_clamp", "must be NAME=VALUE: got conv_clamp"),
+        ("mbstd_group=2.5", "mbstd_group must be of type int | None: got 2.5"),
+        ("taps=[1, true]", "taps must be of type Sequence[float]: got [1, True]"),
+        ("mapping_layers=true", "mapping_layers must be of type int: got True"),
+        ("dtype=3", "dtype must be of type torch.dtype | None: got 3"),
+    ],
+)
+def test_a_wrong_value_of_set(argument: str, said: str, tmp_path: Path, capsys):
+    src, out = GOLDEN / "checkpoints" / "rosinality_public0.pt", tmp_path / "no.safetensors"
+    assert convert.main([str(src), str(out), "--set", argument]) == 2 and not out.exists()
+    assert said in capsys.readouterr().err

@@ -167,6 +167,22 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "a dict within itself": (b"\x80\x02}q\x00" + text("a") + b"h\x00s.", r"holds no network that is known"),
     "a huge memo": (b"\x80\x02Nr\xff\xff\xff\x7f.", r"holds no network that is known"),
     "a huge string": (b"\x80\x04\x8d" + struct.pack("<Q", 1 << 40) + b"a.", r"expected 1099511627776 bytes"),
+    "keys of one hash": (
+        b"\x80\x02}("
+        + b"".join(b"\x8a\x0a" + ((2**61 - 1) * i).to_bytes(10, "little") + b"N" for i in (1, 2))
+        + b"u.",
+        r"keys of more than 61 bits",
+    ),
+    "a long storage": (
+        name("torch.storage", "_load_from_bytes")
+        + b"B"
+        + struct.pack("<I", 203)
+        + b"\x80\x02"
+        + b"N0" * 100
+        + b".\x85R.",
+        r"more than 100 instructions",
+    ),
+    "sets without end": (b"\x80\x04](" + b"\x8f" * 600_000 + b"e.", r"more than 500,000 instructions"),
     "copies": (
         b"\x80\x02](" + b"K\x01" * 50_000 + b"eq\x00" + (b"0c__builtin__\nset\nh\x00\x85R") * 100 + b".",
         r"copies its own parts without end",
@@ -178,6 +194,12 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         + payload(4)
         + b".\x85R.",
         r"storages within storages",
+    ),
+    "a tar": (bytes(257) + b"ustar" + bytes(762), r"it is a tar archive; unpack it"),
+    "a gzip": (b"\x1f\x8b\x08" + bytes(20), r"it is a gzip archive; unpack it"),
+    "a class that is none": (
+        zipped(b"\x80\x02(" + text("module") + b"K\x01" * 3 + b"tQ."),
+        r"the wrong kind of",
     ),
     "TorchScript": (b"", r"a TorchScript archive, which is code"),
     "nothing": (b"", r"cannot mmap an empty file"),
