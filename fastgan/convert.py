@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastgan import cli, unpickle
@@ -45,7 +46,7 @@ from fastgan.config import (
 )
 from fastgan.engine import one_hot
 from fastgan.models import family
-from fastgan.pretrained import Pretrained, check_fit, read_own, write_own
+from fastgan.pretrained import NETWORKS, Pretrained, check_fit, read_own, write_own
 from fastgan.public import PEERS, UNSUPPORTED, Peer, Source
 from fastgan.unpickle import Claim, Record, printable
 
@@ -103,6 +104,7 @@ def parser() -> cli.Parser:
         help="an argument of the networks' constructors that tensors cannot tell, such as mbstd_group=2, "
         "conv_clamp=256 or slope=0.1; may be given again",
     )
+    p.add_argument("--network", choices=NETWORKS, help="convert this one alone (default: whichever there are)")
     return p
 
 
@@ -122,34 +124,50 @@ def read(
     resolution: int | None = None,
     alpha: float | None = None,
     arguments: Mapping[str, Any] | None = None,
+    network: str | None = None,
 ) -> Pretrained:
     """The networks in any file that fastgan knows, under our names.
 
     `kind` is one of KINDS, for what is taken for another; the rest as the command's options, `arguments`
-    those of --set. Raises UsageError for a file that is damaged, hostile, or holds no network that is known.
+    those of --set. With `network` the other one is not looked at. Raises UsageError for a file that is
+    damaged, hostile, or holds no network that is known.
     """
     path = Path(path)
     if kind is not None and kind not in KINDS:
         raise UsageError(f"kind must be one of {', '.join(KINDS)}: got {kind}")
+    if network not in (None, *NETWORKS):
+        raise UsageError(f"network must be {' or '.join(NETWORKS)}: got {network!r}")
     if kind == "fastgan" or (kind is None and _is_own(path)):
-        return read_own(path)
-    return _converted(path, _chosen(path, find(path, kind), resolution, alpha), arguments or {})
+        return _own(path, network)
+    found = find(path, kind, network)
+    return _converted(path, _chosen(path, found, resolution, alpha, network), arguments or {})
+
+
+def _own(path: Path, network: str | None) -> Pretrained:
+    networks = read_own(path)
+    if network is None:
+        return networks
+    if getattr(networks, network) is None:
+        raise UsageError(f"{path} holds no {network}")
+    other = next(name for name in NETWORKS if name != network)
+    return dataclasses.replace(networks, **{other: None, f"{other}_options": {}})
 
 
 def _is_own(path: Path) -> bool:
-    """A folder, or a safetensors file with our header."""
+    """A folder, or a safetensors file with a header of ours."""
     if path.is_dir():
         return True
     if path.suffix != ".safetensors" or not path.is_file():
         return False
     try:
-        return "config" in load_tensors(path, "no tensor")[1]
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+        with safe_open(path, framework="pt") as file:
+            return "fastgan" in (file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path} is no intact safetensors file: {error}") from None
 
 
-def find(path: Path, kind: str | None = None) -> list[Found]:
-    """All networks of `kind`, or of any, in the file."""
+def find(path: Path, kind: str | None = None, network: str | None = None) -> list[Found]:
+    """All networks of that kind and sort, or of any, in the file."""
     if path.suffix == ".safetensors":
         try:
             root: Any = load_tensors(path)[0]
@@ -182,7 +200,7 @@ def find(path: Path, kind: str | None = None) -> list[Found]:
                 for key, item in value.items()
                 if isinstance(key, str) and len(key) <= LONGEST_NAME and isinstance(item, dict | list | tuple)
             )
-    return found
+    return [f for f in found if network in (None, f.network)]
 
 
 def _named(place: tuple[str, ...]) -> str:
@@ -239,12 +257,16 @@ def _networks(
 
 
 def _chosen(
-    path: Path, found: Sequence[Found], resolution: int | None, alpha: float | None
+    path: Path,
+    found: Sequence[Found],
+    resolution: int | None,
+    alpha: float | None,
+    network: str | None,
 ) -> dict[str, Found]:
     """One network of each sort, of one kind: averaged before others, the first before later ones."""
     if not found:
         raise UsageError(
-            f"{path} holds no network that is known; kinds are {', '.join(KINDS)}, and --kind names one"
+            f"{path} holds no {network or 'network'} that is known; kinds are {', '.join(KINDS)}, and --kind names one"
         )
     chosen: dict[str, Found] = {}
     for network in sorted(found, key=lambda f: not AVERAGED.search(f.place)):
@@ -268,8 +290,8 @@ def _chosen(
 def _converted(path: Path, chosen: Mapping[str, Found], arguments: Mapping[str, Any]) -> Pretrained:
     states: dict[str, dict[str, Tensor]] = {}
     options: dict[str, dict[str, Any]] = {"generator": {}, "discriminator": {}}
-    for name, network in chosen.items():
-        states[name], options[name] = _convert(path, network)
+    for name in chosen:
+        states[name], options[name] = _convert(path, chosen, name)
     arch = next(iter(chosen.values())).peer.arch
     known = {name: inspect.signature(getattr(family(arch), name.capitalize())).parameters for name in states}
     for key, value in arguments.items():
@@ -288,7 +310,7 @@ def _converted(path: Path, chosen: Mapping[str, Found], arguments: Mapping[str, 
                 net = BUILDERS[name](config, **options[name])
             check_fit(net, state | ({"mapping.w_avg": net.mapping.w_avg} if mean else {}))
         except UNFIT as error:
-            raise _unknown(path, chosen[name], error) from None
+            raise _unknown(path, chosen, name, error) from None
         if mean:
             state["mapping.w_avg"] = _mean_w(config, options[name], state)
     return Pretrained(
@@ -318,8 +340,11 @@ def _check_argument(key: str, value: Any, kind: Any) -> None:
         raise UsageError(f"--set {key} must be of type {wanted}: got {value!s:.40}")
 
 
-def _convert(path: Path, network: Found) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _convert(
+    path: Path, chosen: Mapping[str, Found], name: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors, in fp32 at least, and constructor arguments under our names."""
+    network = chosen[name]
     state = _read(path, network.claims)
     beside = {k: v for k, v in network.source.beside.items() if k in ("latent_avg", "config")}
     mean = beside.get("latent_avg")
@@ -328,7 +353,7 @@ def _convert(path: Path, network: Found) -> tuple[dict[str, Tensor], dict[str, A
     try:
         weights, options = network.peer.convert(state, dataclasses.replace(network.source, beside=beside))
     except UNFIT as error:
-        raise _unknown(path, network, error) from None
+        raise _unknown(path, chosen, name, error) from None
     return weights, options
 
 
@@ -339,13 +364,15 @@ def _read(path: Path, claims: Mapping[str, Claim | Tensor]) -> dict[str, Tensor]
     return {k: state[k].float() if state[k].dtype in half else state[k] for k in claims}
 
 
-def _unknown(path: Path, network: Found, error: Exception) -> UsageError:
+def _unknown(path: Path, chosen: Mapping[str, Found], name: str, error: Exception) -> UsageError:
+    network = chosen[name]
     what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
     what = printable((what or type(error).__name__).splitlines()[0])
     where = f"{network.place} of {path}" if network.place else str(path)
     return UsageError(
         f"{where} has the names of a {network.peer.kind} {network.network}, but cannot be one that is known: "
         f"{what}; --kind names another kind, of {', '.join(KINDS)}"
+        + "".join(f", and --network {other} takes that one alone" for other in chosen if other != name)
     )
 
 
@@ -402,18 +429,18 @@ def _main(argv: Sequence[str] | None) -> int:
     args = parser().parse_args(argv)
     _check_out(args)
     if args.kind == "fastgan" or (args.kind is None and _is_own(args.src)):
-        networks = read_own(args.src)
+        networks = _own(args.src, args.network)
         print(f"{args.src}: fastgan, --arch {networks.config.arch}")
         places, left = {}, []
     else:
-        found = find(args.src, args.kind)
-        chosen = _chosen(args.src, found, args.resolution, args.alpha)
+        found = find(args.src, args.kind, args.network)
+        chosen = _chosen(args.src, found, args.resolution, args.alpha, args.network)
         networks = _converted(args.src, chosen, dict(args.arguments))
         kind = next(iter(chosen.values())).peer.kind
         print(f"{args.src}: {kind}, in fastgan --arch {networks.config.arch}")
         places = {name: network.place for name, network in chosen.items()}
         left = [f"{f.network} {f.place or '(all of it)'}" for f in found if f.place not in places.values()]
-    for name in ("generator", "discriminator"):
+    for name in NETWORKS:
         state = getattr(networks, name)
         if state is not None:
             print(f"  {name:14}{_described(networks, name, places.get(name, ''))}")

@@ -92,15 +92,12 @@ def read_own(path: Path | str) -> Pretrained:
         raise UsageError(f"{file} holds no network of fastgan: {error}") from None
 
 
-def read(path: Path | str) -> Pretrained:
-    """The same of any file or folder that fastgan knows, public checkpoints included."""
-    path = Path(path)
-    if path.is_dir() or path.suffix == ".safetensors":
-        return read_own(path)
+def read(path: Path | str, network: str = "generator") -> Pretrained:
+    """That network in any file or folder that fastgan knows, public checkpoints included."""
     # Here, as that module imports this one.
-    from fastgan.convert import read as read_public
+    from fastgan.convert import read as read_any
 
-    return read_public(path)
+    return read_any(Path(path), network=network)
 
 
 def load(path: Path | str, network: str = "generator", device: str = "auto") -> Any:
@@ -112,13 +109,11 @@ def load(path: Path | str, network: str = "generator", device: str = "auto") -> 
 
     Raises UsageError where there is no such network or device.
     """
-    return build(read(path), network, device)
+    return build(read(path, network), network, device)
 
 
 def build(networks: Pretrained, network: str = "generator", device: str | torch.device = "auto") -> Any:
     """`load` of networks that have been read. torch's random state stays as it is."""
-    if network not in NETWORKS:
-        raise UsageError(f"network must be {' or '.join(NETWORKS)}: got {network!r}")
     state = getattr(networks, network)
     if state is None:
         raise UsageError(f"there is no {network} of --arch {networks.config.arch} in it")
