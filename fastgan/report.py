@@ -241,9 +241,11 @@ def comparison(runs: Sequence[Run]) -> str:
     parts = [f"<h1>{len(runs)} runs</h1>", '<div class="pictures">']
     for name, run in zip(names(runs), runs, strict=True):
         grids = run.grids()
-        picture = _picture(grids[-1], _about(grids[-1])) if grids else "<p>No samples yet.</p>"
+        samples = "<p>No samples yet.</p>"
+        if grids:
+            samples = f"{_picture(grids[-1], _about(grids[-1]))}<figcaption>last samples</figcaption>"
         about = f"<h2>{_text(name)}</h2><p>{_text(_summary(run))}</p>"
-        parts.append(f"<figure>{about}{picture}<figcaption>last samples</figcaption></figure>")
+        parts.append(f"<figure>{about}{samples}</figure>")
     parts.append("</div>")
     for name, run in zip(names(runs), runs, strict=True):
         parts += _warnings(run, name)

@@ -192,6 +192,51 @@ def test_the_policy_admits_only_what_the_page_holds(tmp_path: Path):
     assert "http:" not in addresses and "https:" not in addresses and "url(" not in html
 
 
+def test_a_page_before_the_first_tick(browser: Browser, tmp_path: Path):
+    """Also its slider works: a run that went back to its start has grids, but no ticks."""
+    folder = make_run(tmp_path / "run", 0, grids=3)
+    report.write(folder)
+    browser.requests.clear()
+    browser.open(folder / "report.html")
+    turn(browser, "tick", "input", value=1)
+    assert text(browser, "#shown") == ["samples after 2 kimg"]
+    assert_at_peace(browser)
+
+
+def test_every_scale_can_be_read(browser: Browser, tmp_path: Path):
+    """From at least two numbers beside it, whatever the range."""
+    folder = make_run(tmp_path / "run", 2)
+    change_ticks(folder, **{f"metric_{i}": {0: 1.23, 1: 2.0 + i / 2} for i in range(40)})
+    report.write(folder)
+    browser.requests.clear()
+    browser.open(folder / "report.html")
+    numbers = "(svg) => svg.querySelectorAll('.rule').length"
+    counts = browser.run(f"[...document.querySelectorAll('svg')].map({numbers})")
+    assert len(counts) > 40 and min(counts) >= 2 and max(counts) <= 8
+    assert_at_peace(browser)
+
+
+def test_a_single_tick_can_be_seen(browser: Browser, tmp_path: Path):
+    folder = make_run(tmp_path / "run", 1)
+    report.write(folder)
+    browser.requests.clear()
+    browser.open(folder / "report.html")
+    style = "getComputedStyle(document.querySelector('.chart path.c0'))"
+    assert browser.run(f"[{style}.strokeLinecap, {style}.strokeWidth]") == ["round", "6px"]
+    assert_at_peace(browser)
+
+
+def test_a_long_value_leaves_its_option_readable(browser: Browser, tmp_path: Path):
+    """Names of options take one line each."""
+    folder = make_run(tmp_path / "run", 1, data="/a/long/folder/of/pictures" * 3)
+    report.write(folder)
+    browser.open(folder / "report.html", width=360)
+    lines = "(dt) => { const r = new Range(); r.selectNodeContents(dt); return r.getClientRects().length }"
+    counts = browser.run(f"[...document.querySelectorAll('dl:not(.long) dt')].map({lines})")
+    assert set(counts) == {1}
+    assert browser.run("document.documentElement.scrollWidth") == 360
+
+
 def test_a_long_run_makes_no_long_page(tmp_path: Path):
     """400 ticks with 24 grids, or 4,000 with 200: pages of like sizes."""
     sizes = []
@@ -245,6 +290,25 @@ def test_runs_beside_each_other(browser: Browser, tmp_path: Path, capsys: pytest
     ]
     assert text(browser, ".chart li")[2:4] == ["a 6", "b 4"]
     assert browser.run("document.querySelectorAll('.pictures img').length") == 2
+    assert_at_peace(browser)
+
+
+def test_many_runs_of_unlike_lengths(browser: Browser, tmp_path: Path):
+    """Nine lines differ in colour or dashes; the readout starts where the longest run ends, not where the run
+    with most ticks does."""
+    runs = [make_run(tmp_path / str(i), 1 + i % 3) for i in range(8)]
+    longest = make_run(tmp_path / "long", 1)
+    change_ticks(longest, images={0: 9000})
+    report.main(
+        [*map(str, [*runs, longest, make_run(tmp_path / "new", 0)]), "--out", str(tmp_path / "all.html")]
+    )
+    browser.requests.clear()
+    browser.open(tmp_path / "all.html")
+    assert text(browser, ".chart h3 span")[0] == "9 kimg"
+    look = "(path) => [path.className.baseVal, getComputedStyle(path).stroke]"
+    looks = browser.run(f"[...document.querySelectorAll('.chart:first-child path')].map({look})")
+    assert len({tuple(look) for look in looks}) == len(looks) == 9
+    assert text(browser, "figcaption").count("last samples") == 9
     assert_at_peace(browser)
 
 
