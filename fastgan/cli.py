@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
             if field.name in ("arch", "classes"):  # the data says how many classes there are
                 continue
             values = {arch: preset.get(field.name, field.default) for arch, preset in PRESETS.items()}
-            shown = {str(v) for arch, v in values.items() if applies(field, arch)}
+            shown = {str(v) or "none" for arch, v in values.items() if applies(field, arch)}
             default = shown.pop() if len(shown) == 1 else "by --arch"
             options: dict[str, Any] = {"help": f"{field.metadata['help']} (default: {default})"}
             if field.type is bool:

@@ -231,7 +231,7 @@ def disk_full(run_dir: Path, error: OSError) -> str:
     )
     return (
         f"--run-dir {run_dir} cannot be written to: {error.strerror}; {safe}. Make room there, then rerun "
-        f"the same command with --run-dir {run_dir} to go on"
+        f"the same command with --run-dir {shlex.quote(str(run_dir))} to go on"
     )
 
 
@@ -453,7 +453,7 @@ def _loop(
         if folder:
             progress.say(
                 f"stopped at {engine.images / 1000:.1f} kimg; "
-                f"the same command with --run-dir {folder.path} resumes"
+                f"the same command with --run-dir {shlex.quote(str(folder.path))} resumes"
             )
         return 128 + asked
     if not folder:
@@ -471,7 +471,8 @@ def _loop(
     print(f"pictures: {folder.path / 'samples'}")
     if best:
         print(f"best:     {folder.path / BEST}")
-    print(f"more:     python -m fastgan.generate --run {folder.path} --count 100 --out pictures")
+    run = shlex.quote(str(folder.path))
+    print(f"more:     python -m fastgan.generate --run {run} --count 100 --out pictures")
     return 0
 
 
