@@ -319,7 +319,9 @@ def _reals(run: Run) -> str:
 def _picture(file: Path, about: str, hidden: bool = False) -> str:
     try:
         source, width = _embedded(file, file.stat().st_mtime_ns)
-    except OSError as error:  # torn by a crash; training is not to stop over its report
+    except Exception as error:
+        # Torn by a crash, whereon Pillow raises OSError, SyntaxError, struct.error, ..., or too large for it:
+        # training is not to stop over its report.
         return f'<img alt="{_text(f"{about}: {file.name} cannot be read ({error})")}"{" hidden" * hidden}>'
     look = ' class="pixels"' if width < SIDE // 2 else ""
     return f'<img src="{source}" alt="{_text(about)}"{look}{" hidden" * hidden}>'

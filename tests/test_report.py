@@ -312,7 +312,7 @@ def test_many_runs_of_unlike_lengths(browser: Browser, tmp_path: Path):
     assert_at_peace(browser)
 
 
-def test_a_run_that_has_just_begun_or_crashed(tmp_path: Path):
+def test_a_run_that_has_just_begun_or_crashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     new = make_run(tmp_path / "new", 0)
     report.write(new)
     assert "No ticks yet" in (new / "report.html").read_text()
@@ -321,10 +321,20 @@ def test_a_run_that_has_just_begun_or_crashed(tmp_path: Path):
         file.write('{"images": 9')
     newest = torn / "samples" / "000003000.png"
     newest.write_bytes(newest.read_bytes()[:40])
+    damaged = torn / "samples" / "000002000.png"
+    before, at, after = damaged.read_bytes().partition(b"IDAT")
+    size = int.from_bytes(before[-4:], "big") - 6
+    damaged.write_bytes(before[:-4] + size.to_bytes(4, "big") + at + after)
     report.write(torn)
     html = (torn / "report.html").read_text()
     assert "3 of 3 kimg" in html
-    assert "000003000.png cannot be read" in html
+    assert "000003000.png cannot be read" in html and "000002000.png cannot be read (broken PNG" in html
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # twice as many are an error
+    report._embedded.cache_clear()
+    report.write(torn)
+    assert "000001000.png cannot be read (Image size (256 pixels) exceeds limit" in (
+        (torn / "report.html").read_text()
+    )
 
 
 def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
