@@ -237,12 +237,14 @@ def disk_full(run_dir: Path, error: OSError) -> str:
 
 def session(engine: Engine, command: str) -> dict[str, Any]:
     """What the report says on this start of the training."""
+    ranks = engine.ranks.size  # of which the command says nothing: a launcher has its own
     return {
         "images": engine.images,
         "time": datetime.now().astimezone().isoformat(" ", "seconds"),
         "command": command,
         "folder": os.getcwd(),
-        "environment": doctor.environment(engine.device, engine.config.precision),
+        "environment": doctor.environment(engine.device, engine.config.precision)
+        | ({"ranks": str(ranks)} if ranks > 1 else {}),
     }
 
 

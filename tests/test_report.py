@@ -4,10 +4,12 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from browser import CHROMIUM, Browser
 from family_cases import tiny_config
 from PIL import Image
@@ -382,6 +384,14 @@ def test_training_writes_it_and_says_how_it_was_started(tmp_path: Path, monkeypa
     html = (folder / "report.html").read_text()
     assert "Resumed at 0.016 kimg" in html and "samples after 0.024 kimg" in html
     assert command.replace("'", "&#x27;") in html
+
+
+def test_a_session_says_how_many_ranks_there_are():
+    for size in (1, 2):
+        ranks: Any = SimpleNamespace(size=size)
+        config, device = tiny_config("gan"), torch.device("cpu")
+        engine: Any = SimpleNamespace(images=0, device=device, config=config, ranks=ranks)
+        assert train.session(engine, "python")["environment"].get("ranks") == (None, "2")[size - 1]
 
 
 def test_tensorboard_goes_on_where_a_resumed_run_does(tmp_path: Path):
