@@ -52,6 +52,8 @@ def run(body: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None)
 
 
 def duration(seconds: float) -> str:
-    """3m05s, or 12s below a minute."""
+    """3m05s, 12s below a minute, or 11h06m from an hour on."""
     minutes, seconds = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

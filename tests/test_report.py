@@ -254,6 +254,7 @@ def test_a_long_run_makes_no_long_page(tmp_path: Path):
         assert curve["kimg"][-1] == count
         assert np.mean(curve["y"]) == pytest.approx((count + 1) / 2)
     assert sizes[1] < 1.1 * sizes[0]
+    assert "4000 of 4000 kimg in 2h13m" in (tmp_path / "long" / "report.html").read_text()
 
 
 def test_a_large_picture_is_shrunk(tmp_path: Path):
