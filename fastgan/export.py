@@ -3,8 +3,9 @@
     images [N, C, R, R] = G(z [N, z_dim], c [N, c_dim] one-hot, of a conditional run only)
 
 float32 and around -1..1, N any number; StyleGANs add their constant noise, a family of two domains joins its
-pairs along the channels. CycleGAN takes images [N, C, R, R] in -1..1 and gives their translations.
-Convolutions are in --precision, whatever the run was trained in, which is what fastgan.load computes in.
+pairs along the channels. CycleGAN takes images [N, C, R, R] in -1..1 and gives their translations. A .pt2
+takes its arguments by name. Convolutions are in --precision, whatever the run was trained in, which is what
+fastgan.load computes in.
 
 Operations run as their references, and our own operators that PyTorch can see through as what they stand
 for, so that the file holds nothing of fastgan but its config, in the metadata under "fastgan". It is written

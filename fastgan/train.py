@@ -53,7 +53,9 @@ def parser() -> cli.Parser:
     )
     p.add_argument("--run-dir", type=Path, help="folder of the run (default: a new one under runs/)")
     p.add_argument(
-        "--tensorboard", action="store_true", help="write TensorBoard's event files, too, to its sub-folder"
+        "--tensorboard",
+        action="store_true",
+        help="write TensorBoard's event files, too, to the folder's tensorboard/",
     )
     p.add_argument(
         "--dist-timeout",
