@@ -166,10 +166,13 @@ class RunFolder:
         return best
 
     def rewind_log(self, images: int) -> None:
-        """Drop what a stopped run logged after its last checkpoint, a half-written line included."""
+        """Drop what was logged after `images`, a half-written line included; void such events."""
         kept = [line for line in self.read_log() if line["images"] <= images]
         if kept or (self.path / METRICS).exists():
             write(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+        if self._events:
+            self._events.close()
+            self.open_events(images)
 
     def plot(self) -> None:
         """losses.png from the log."""

@@ -412,6 +412,21 @@ def test_tensorboard_goes_on_where_a_resumed_run_does(tmp_path: Path):
         assert events.Images("samples")[-1].width == image.width
 
 
+def test_tensorboard_goes_back_where_a_run_does(tmp_path: Path):
+    """As after gradients that were not finite."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = run_folder.RunFolder(tmp_path, tiny_config("gan"))
+    folder.open_events(0)
+    for images, loss in ((8, 1.0), (16, 2.0), (24, 3.0)):
+        folder.log({"images": images, "loss_d": loss})
+    folder.rewind_log(8)
+    folder.log({"images": 16, "loss_d": 4.0})
+    folder.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss_d")] == [(8, 1.0), (16, 4.0)]
+
+
 def test_tensorboard_that_is_missing_is_missed_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
