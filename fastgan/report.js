@@ -109,6 +109,7 @@ function draw(chart) {
 // Values of all curves nearest to x go to the legend.
 function read(chart, x) {
   const xs = chart.curves.flatMap((c) => c.xs), here = xs[nearest(xs, x)];
+  chart.read = here;
   chart.where.textContent = `${shown(here)} ${axis().name}`;
   chart.curves.forEach((c, i) => { chart.values[i].textContent = shown(c.ys[nearest(c.xs, here)]); });
   return here;
@@ -119,21 +120,30 @@ for (const chart of charts) {
   const box = make("figure", { class: "chart" }, section);
   const head = make("h3", {}, box, chart.title);
   chart.where = make("span", {}, head);
-  chart.svg = make("svg", { role: "img", "aria-label": chart.title }, box);
+  chart.svg = make("svg", { role: "img", "aria-label": chart.title, tabindex: 0 }, box);
   const legend = make("ul", {}, box);
   chart.values = chart.lines.map((line) => {
     const item = make("li", { class: look(line) }, legend);
     make("span", {}, item, line.name + " ");
     return make("span", {}, item);
   });
-  const point = (event) => {
-    const x = chart.px(read(chart, chart.at(event.offsetX)));
+  const show = (at) => {
+    const x = chart.px(read(chart, at));
     chart.here.setAttribute("x1", x);
     chart.here.setAttribute("x2", x);
   };
+  const point = (event) => show(chart.at(event.offsetX));
   chart.svg.addEventListener("pointermove", point);
   chart.svg.addEventListener("pointerdown", point);
   chart.svg.addEventListener("pointerleave", () => draw(chart));
+  chart.svg.addEventListener("blur", () => draw(chart));
+  chart.svg.addEventListener("keydown", (event) => {
+    const way = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!way) return;
+    const xs = [...new Set(chart.curves.flatMap((c) => c.xs))].sort((a, b) => a - b);
+    show(xs[xs.indexOf(chart.read) + way] ?? chart.read);
+    event.preventDefault(); // a wide page is not to scroll
+  });
 }
 
 const drawAll = () => charts.forEach(draw);

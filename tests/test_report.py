@@ -134,6 +134,24 @@ def test_a_page_in_a_browser(browser: Browser, tmp_path: Path):
     assert_at_peace(browser)
 
 
+def test_a_page_by_keyboard(browser: Browser, tmp_path: Path):
+    """The slider, then past the three controls to the first curves."""
+    folder = make_run(tmp_path / "run")
+    report.write(folder)
+    browser.requests.clear()
+    browser.open(folder / "report.html")
+    for key in ("Tab", "ArrowLeft"):
+        browser.press(key)
+    assert text(browser, "#shown") == ["samples after 5 kimg"]
+    for key in ("Tab", "Tab", "Tab", "Tab", "ArrowLeft", "ArrowLeft", "ArrowLeft", "ArrowRight"):
+        browser.press(key)
+    assert text(browser, ".chart h3 span")[0] == "4 kimg"
+    assert text(browser, ".chart li")[1] == "loss g 4"
+    browser.press("Tab")
+    assert text(browser, ".chart h3 span")[0] == "6 kimg"
+    assert_at_peace(browser)
+
+
 def test_a_phone_and_the_dark(browser: Browser, tmp_path: Path):
     long = "x" * 300
     session = {"images": 0, "command": long, "environment": {"variables": long}, "folder": "/" + long}
