@@ -110,6 +110,8 @@ class Run:
         total, last, images, times = 0.0, 0.0, 0, []
         for tick in self.ticks:
             seconds = tick.get("seconds", last)
+            if not math.isfinite(seconds):  # no clock says so, but the file may
+                seconds = last
             anew = seconds < last or any(images <= start < tick["images"] for start in starts)
             total += seconds if anew else seconds - last
             last, images = seconds, tick["images"]

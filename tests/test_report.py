@@ -358,6 +358,18 @@ def test_a_run_that_has_just_begun_or_crashed(tmp_path: Path, monkeypatch: pytes
     )
 
 
+def test_numbers_that_no_training_has_written(tmp_path: Path):
+    run, huge = make_run(tmp_path / "run", 2), 10**400
+    change_ticks(run, seconds={1: float("nan")})
+    log = (run / "metrics.jsonl").read_text()
+    for line in ({"images": huge}, {"images": 3000, "loss_d": huge}):
+        (run / "metrics.jsonl").write_text(log + json.dumps(line) + "\n")
+        report.write(run)
+        assert "2 of 2 kimg in 2s" in (run / "report.html").read_text()
+    (run / "sessions.jsonl").write_text(json.dumps({"images": huge}) + "\n")
+    assert report.read(run).sessions == []
+
+
 def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run, damaged = make_run(tmp_path / "run"), make_run(tmp_path / "damaged")
     (damaged / "config.json").write_text("[")
