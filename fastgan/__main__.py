@@ -2,28 +2,34 @@
 
 import sys
 
-from fastgan import convert, doctor, evaluate, export, generate, prepare, profile, report, train
+from fastgan import convert, doctor, evaluate, export, generate, prepare, profile, report, traffic, train
 
 COMMANDS = {
-    "train": train.main,
-    "prepare": prepare.main,
-    "generate": generate.main,
-    "evaluate": evaluate.main,
-    "convert": convert.main,
-    "profile": profile.main,
-    "doctor": doctor.main,
-    "report": report.main,
-    "export": export.main,
+    "train": (train.main, "train a GAN, or resume a run"),
+    "prepare": (prepare.main, "make images one file that training maps"),
+    "generate": (generate.main, "make pictures, movies and data sets; walk through the latent space"),
+    "evaluate": (evaluate.main, "judge a generator: FID, KID and others"),
+    "report": (report.main, "write a page on a run, or one that compares several"),
+    "convert": (convert.main, "read networks of public implementations"),
+    "export": (export.main, "write a generator as ONNX or an AOTInductor package"),
+    "profile": (profile.main, "measure a training step here, or estimate it for another device"),
+    "traffic": (traffic.main, "count the kernels and bytes that fusion saves"),
+    "doctor": (doctor.main, "print the environment and verify every operation on this device"),
 }
 
 
 def main() -> int:
     """Hand the arguments to the command that they name; returns its exit code."""
-    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
-        return COMMANDS[sys.argv[1]](sys.argv[2:])
-    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
-    asked = wanted in ("-h", "--help")
-    print(f"usage: fastgan {{{','.join(COMMANDS)}}} ...", file=sys.stdout if asked else sys.stderr)
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in COMMANDS:
+        return COMMANDS[name][0](sys.argv[2:])
+    asked = name in ("-h", "--help")
+    if name and not asked:
+        print(f"fastgan: there is no command {name}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    lines = ["usage: fastgan COMMAND ...; fastgan COMMAND --help lists its options", ""]
+    lines += [f"  {name:9} {about}" for name, (_, about) in COMMANDS.items()]
+    print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
     return 0 if asked else 2
 
 

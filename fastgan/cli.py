@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
             if field.name in ("arch", "classes"):  # the data says how many classes there are
                 continue
             values = {arch: preset.get(field.name, field.default) for arch, preset in PRESETS.items()}
-            shown = {str(v) for arch, v in values.items() if applies(field, arch)}
+            shown = {str(v) or "none" for arch, v in values.items() if applies(field, arch)}
             default = shown.pop() if len(shown) == 1 else "by --arch"
             options: dict[str, Any] = {"help": f"{field.metadata['help']} (default: {default})"}
             if field.type is bool:
@@ -55,6 +55,8 @@ def run(body: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None)
 
 
 def duration(seconds: float) -> str:
-    """3m05s, or 12s below a minute."""
+    """3m05s, 12s below a minute, or 11h06m from an hour on."""
     minutes, seconds = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

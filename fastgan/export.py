@@ -3,7 +3,9 @@
     images [N, C, R, R] = G(z [N, z_dim], c [N, c_dim] one-hot, of a conditional run only)
 
 float32 and around -1..1, N any number; StyleGANs add their constant noise, a family of two domains joins its
-pairs along the channels. CycleGAN takes images [N, C, R, R] in -1..1 and gives their translations.
+pairs along the channels. CycleGAN takes images [N, C, R, R] in -1..1 and gives their translations. A .pt2
+takes its arguments by name. Convolutions are in --precision, whatever the run was trained in, which is what
+fastgan.load computes in.
 
 Operations run as their references, and our own operators that PyTorch can see through as what they stand
 for, so that the file holds nothing of fastgan but its config, in the metadata under "fastgan". It is written
@@ -16,8 +18,8 @@ import importlib.util
 import json
 import logging
 import os
+import secrets
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +28,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from torch._library.custom_ops import OPDEFS
 
 from fastgan import cli, pretrained
@@ -64,6 +68,8 @@ def _main(argv: Sequence[str] | None) -> int:
         raise UsageError(f"OUT must end in .onnx or .pt2: got {args.out}")
     if not args.out.parent.is_dir():
         raise UsageError(f"{args.out} cannot be written: there is no folder {args.out.parent}")
+    if args.out.is_dir():
+        raise UsageError(f"{args.out} cannot be written: it is a folder")
     onnx = args.out.suffix == ".onnx"
     if onnx:
         if args.precision != "fp32":
@@ -71,6 +77,11 @@ def _main(argv: Sequence[str] | None) -> int:
         for package in ("onnx", "onnxscript", "onnxruntime"):
             if importlib.util.find_spec(package) is None:
                 raise UsageError(f"exporting to ONNX needs {package}: pip install 'fastgan[export]'")
+    else:
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise UsageError("a .pt2 is compiled by a C++ compiler: install g++, or set CXX") from None
     networks = pretrained.read(args.run)
     config = dataclasses.replace(networks.config, precision=args.precision)
     networks = dataclasses.replace(networks, config=config)
@@ -81,12 +92,15 @@ def _main(argv: Sequence[str] | None) -> int:
         raise UsageError(f"--to: --arch {config.arch} translates nothing; leave it out")
     device = next(net.parameters()).device
     example = inputs(net, config, 2, device)
-    program = trace(net, example)
     metadata = json.dumps({"config": dataclasses.asdict(config), "images": networks.images})
-    handle, name = tempfile.mkstemp(prefix=f".{args.out.stem}.", suffix=args.out.suffix, dir=args.out.parent)
-    os.close(handle)
-    partial = Path(name)
+    # Inductor wants a name with the package's ending.
+    partial = args.out.with_name(f".{args.out.stem}.{secrets.token_hex(4)}{args.out.suffix}")
     try:
+        partial.touch()
+    except OSError as error:
+        raise UsageError(f"{args.out} cannot be written: {error.strerror}") from None
+    try:
+        program = trace(net, example)
         (write_onnx if onnx else write_package)(program, partial, metadata)
         run = (load_onnx if onnx else load_package)(partial)
         error = max(disagreement(run, net, inputs(net, config, n, device)) for n in (1, 3))

@@ -53,12 +53,15 @@ function axis() {
   return most > 7200 ? { name: "hours", scale: 3600 } : most > 120 ? { name: "minutes", scale: 60 } : { name: "seconds", scale: 1 };
 }
 
+// Eight colours, then the same with dashes.
+const look = (line) => `c${line.color % 8}` + (Math.floor(line.color / 8) % 2 ? " dashed" : "");
+
 function draw(chart) {
   const { svg, lines } = chart, width = svg.clientWidth || 400, { name, scale } = axis();
   svg.replaceChildren();
   svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
   chart.curves = lines.map((line) => ({
-    look: `c${line.color % 8}`,
+    look: look(line),
     xs: (state.axis === "kimg" ? line.kimg : line.seconds).map((x) => x / scale),
     raw: line.y,
     ys: state.smooth > 0 ? smoothed(line.y, state.smooth) : line.y,
@@ -73,7 +76,7 @@ function draw(chart) {
   const last = Math.max(...chart.curves.map((c) => c.xs[c.xs.length - 1] ?? 0)) || 1;
   const px = (x) => LEFT + (x / last) * (width - LEFT - RIGHT);
   const py = (y) => TOP + ((high - bend(y)) / (high - low)) * (HEIGHT - TOP - BOTTOM);
-  for (const v of ticks(low, high, 4)) {
+  for (const v of ticks(low, high, 5)) {
     const value = log ? 10 ** v : v, y = py(value);
     make("line", { class: "rule", x1: LEFT, x2: width - RIGHT, y1: y, y2: y }, svg);
     make("text", { x: LEFT - 6, y: y + 4, "text-anchor": "end" }, svg, shown(value));
@@ -93,8 +96,9 @@ function draw(chart) {
   chart.curves.forEach((c) => {
     if (state.smooth > 0) make("path", { class: `raw ${c.look}`, d: path(c.xs, clamp(c.raw)) }, svg);
     const d = path(c.xs, c.ys);
-    // A single point has no length to be seen by.
-    make("path", { class: c.look, d: c.ys.filter((y) => y !== null).length === 1 ? d + "h3" : d }, svg);
+    // A single point has no length to be seen by; the style makes it a dot.
+    const dot = c.ys.filter((y) => y !== null).length === 1;
+    make("path", { class: c.look + (dot ? " dot" : ""), d: dot ? d + "h0" : d }, svg);
   });
   chart.here = make("line", { class: "here", y1: TOP, y2: HEIGHT - BOTTOM, x1: -9, x2: -9 }, svg);
   chart.at = (x) => (x - LEFT) / (width - LEFT - RIGHT) * last;
@@ -104,8 +108,8 @@ function draw(chart) {
 
 // Values of all curves nearest to x go to the legend.
 function read(chart, x) {
-  const longest = chart.curves.reduce((a, b) => (b.xs.length > a.xs.length ? b : a));
-  const here = longest.xs[nearest(longest.xs, x)] ?? 0;
+  const xs = chart.curves.flatMap((c) => c.xs), here = xs[nearest(xs, x)];
+  chart.read = here;
   chart.where.textContent = `${shown(here)} ${axis().name}`;
   chart.curves.forEach((c, i) => { chart.values[i].textContent = shown(c.ys[nearest(c.xs, here)]); });
   return here;
@@ -116,29 +120,40 @@ for (const chart of charts) {
   const box = make("figure", { class: "chart" }, section);
   const head = make("h3", {}, box, chart.title);
   chart.where = make("span", {}, head);
-  chart.svg = make("svg", { role: "img", "aria-label": chart.title }, box);
+  chart.svg = make("svg", { role: "img", "aria-label": chart.title, tabindex: 0 }, box);
   const legend = make("ul", {}, box);
   chart.values = chart.lines.map((line) => {
-    const item = make("li", { class: `c${line.color % 8}` }, legend);
+    const item = make("li", { class: look(line) }, legend);
     make("span", {}, item, line.name + " ");
     return make("span", {}, item);
   });
-  const point = (event) => {
-    const x = chart.px(read(chart, chart.at(event.offsetX)));
+  const show = (at) => {
+    const x = chart.px(read(chart, at));
     chart.here.setAttribute("x1", x);
     chart.here.setAttribute("x2", x);
   };
+  const point = (event) => show(chart.at(event.offsetX));
   chart.svg.addEventListener("pointermove", point);
   chart.svg.addEventListener("pointerdown", point);
   chart.svg.addEventListener("pointerleave", () => draw(chart));
+  chart.svg.addEventListener("blur", () => draw(chart));
+  chart.svg.addEventListener("keydown", (event) => {
+    const way = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!way) return;
+    const xs = [...new Set(chart.curves.flatMap((c) => c.xs))].sort((a, b) => a - b);
+    show(xs[xs.indexOf(chart.read) + way] ?? chart.read);
+    event.preventDefault(); // a wide page is not to scroll
+  });
 }
 
 const drawAll = () => charts.forEach(draw);
-document.getElementById("log").addEventListener("change", (event) => { state.log = event.target.checked; drawAll(); });
-document.getElementById("smooth").addEventListener("input", (event) => { state.smooth = Number(event.target.value); drawAll(); });
-document.getElementById("axis").addEventListener("change", (event) => { state.axis = event.target.value; drawAll(); });
-addEventListener("resize", drawAll);
-drawAll();
+if (section) { // a run without ticks has no curves
+  document.getElementById("log").addEventListener("change", (event) => { state.log = event.target.checked; drawAll(); });
+  document.getElementById("smooth").addEventListener("input", (event) => { state.smooth = Number(event.target.value); drawAll(); });
+  document.getElementById("axis").addEventListener("change", (event) => { state.axis = event.target.value; drawAll(); });
+  addEventListener("resize", drawAll);
+  drawAll();
+}
 
 const slider = document.getElementById("tick");
 if (slider) {

@@ -110,6 +110,8 @@ class Run:
         total, last, images, times = 0.0, 0.0, 0, []
         for tick in self.ticks:
             seconds = tick.get("seconds", last)
+            if not math.isfinite(seconds):  # no clock says so, but the file may
+                seconds = last
             anew = seconds < last or any(images <= start < tick["images"] for start in starts)
             total += seconds if anew else seconds - last
             last, images = seconds, tick["images"]
@@ -241,9 +243,11 @@ def comparison(runs: Sequence[Run]) -> str:
     parts = [f"<h1>{len(runs)} runs</h1>", '<div class="pictures">']
     for name, run in zip(names(runs), runs, strict=True):
         grids = run.grids()
-        picture = _picture(grids[-1], _about(grids[-1])) if grids else "<p>No samples yet.</p>"
+        samples = "<p>No samples yet.</p>"
+        if grids:
+            samples = f"{_picture(grids[-1], _about(grids[-1]))}<figcaption>last samples</figcaption>"
         about = f"<h2>{_text(name)}</h2><p>{_text(_summary(run))}</p>"
-        parts.append(f"<figure>{about}{picture}<figcaption>last samples</figcaption></figure>")
+        parts.append(f"<figure>{about}{samples}</figure>")
     parts.append("</div>")
     for name, run in zip(names(runs), runs, strict=True):
         parts += _warnings(run, name)
@@ -317,7 +321,9 @@ def _reals(run: Run) -> str:
 def _picture(file: Path, about: str, hidden: bool = False) -> str:
     try:
         source, width = _embedded(file, file.stat().st_mtime_ns)
-    except OSError as error:  # torn by a crash; training is not to stop over its report
+    except Exception as error:
+        # Torn by a crash, whereon Pillow raises OSError, SyntaxError, struct.error, ..., or too large for it:
+        # training is not to stop over its report.
         return f'<img alt="{_text(f"{about}: {file.name} cannot be read ({error})")}"{" hidden" * hidden}>'
     look = ' class="pixels"' if width < SIDE // 2 else ""
     return f'<img src="{source}" alt="{_text(about)}"{look}{" hidden" * hidden}>'

@@ -166,10 +166,13 @@ class RunFolder:
         return best
 
     def rewind_log(self, images: int) -> None:
-        """Drop what a stopped run logged after its last checkpoint, a half-written line included."""
+        """Drop what was logged after `images`, a half-written line included; void such events."""
         kept = [line for line in self.read_log() if line["images"] <= images]
         if kept or (self.path / METRICS).exists():
             write(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+        if self._events:
+            self._events.close()
+            self.open_events(images)
 
     def plot(self) -> None:
         """losses.png from the log."""
@@ -194,7 +197,7 @@ class RunFolder:
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl up to the first that is damaged; none if there is no file."""
     lines = read_lines(file)
-    whole = [all(isinstance(v, int | float) for k, v in line.items() if k != "warning") for line in lines]
+    whole = [all(_is_number(v) for k, v in line.items() if k != "warning") for line in lines]
     return lines[: whole.index(False)] if False in whole else lines
 
 
@@ -206,10 +209,19 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
         except (ValueError, RecursionError):
             break
-        if not isinstance(line, dict) or type(line.get("images")) is not int:
+        if (
+            not isinstance(line, dict)
+            or type(line.get("images")) is not int
+            or not _is_number(line["images"])
+        ):
             break
         lines.append(line)
     return lines
+
+
+def _is_number(value: object) -> bool:
+    """Whether a float or an integer of a size that floats have."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def check_tensorboard() -> None:

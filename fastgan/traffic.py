@@ -1,6 +1,5 @@
-"""How many kernels a phase launches and how many bytes they move through memory, unfused and fused.
-
-    python -m fastgan.traffic --arch stylegan [options of train]
+"""python -m fastgan.traffic: how many kernels a phase launches and how many bytes they move through memory,
+unfused and fused. Takes the options of train.
 
 What is left besides convolutions and matrix products is bound by memory, so its bytes are its cost. Unfused,
 every aten operation reads its operands and writes its results once, but BatchNorm reads twice, forward and
@@ -129,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    p = cli.Parser(prog="python -m fastgan.traffic", description="Count what fusion saves in each phase.")
+    p = cli.Parser(prog="fastgan traffic", description=__doc__, formatter_class=cli.Prose)
     p.add_config()
     config, _ = resolve_device(make_config(**vars(p.parse_args(argv))))
     print(table(config))

@@ -53,7 +53,9 @@ def parser() -> cli.Parser:
     )
     p.add_argument("--run-dir", type=Path, help="folder of the run (default: a new one under runs/)")
     p.add_argument(
-        "--tensorboard", action="store_true", help="write TensorBoard's event files, too, to its sub-folder"
+        "--tensorboard",
+        action="store_true",
+        help="write TensorBoard's event files, too, to the folder's tensorboard/",
     )
     p.add_argument(
         "--dist-timeout",
@@ -231,18 +233,20 @@ def disk_full(run_dir: Path, error: OSError) -> str:
     )
     return (
         f"--run-dir {run_dir} cannot be written to: {error.strerror}; {safe}. Make room there, then rerun "
-        f"the same command with --run-dir {run_dir} to go on"
+        f"the same command with --run-dir {shlex.quote(str(run_dir))} to go on"
     )
 
 
 def session(engine: Engine, command: str) -> dict[str, Any]:
     """What the report says on this start of the training."""
+    ranks = engine.ranks.size  # of which the command says nothing: a launcher has its own
     return {
         "images": engine.images,
         "time": datetime.now().astimezone().isoformat(" ", "seconds"),
         "command": command,
         "folder": os.getcwd(),
-        "environment": doctor.environment(engine.device, engine.config.precision),
+        "environment": doctor.environment(engine.device, engine.config.precision)
+        | ({"ranks": str(ranks)} if ranks > 1 else {}),
     }
 
 
@@ -455,7 +459,7 @@ def _loop(
         if folder:
             progress.say(
                 f"stopped at {engine.images / 1000:.1f} kimg; "
-                f"the same command with --run-dir {folder.path} resumes"
+                f"the same command with --run-dir {shlex.quote(str(folder.path))} resumes"
             )
         return 128 + asked
     if not folder:
@@ -473,7 +477,8 @@ def _loop(
     print(f"pictures: {folder.path / 'samples'}")
     if best:
         print(f"best:     {folder.path / BEST}")
-    print(f"more:     python -m fastgan.generate --run {folder.path} --count 100 --out pictures")
+    run = shlex.quote(str(folder.path))
+    print(f"more:     python -m fastgan.generate --run {run} --count 100 --out pictures")
     return 0
 
 

@@ -70,6 +70,11 @@ class Browser:
     def move(self, x: float, y: float) -> None:
         self._call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
+    def press(self, key: str) -> None:
+        code = {"Tab": 9, "ArrowLeft": 37, "ArrowRight": 39}[key]
+        for event in ("keyDown", "keyUp"):
+            self._call("Input.dispatchKeyEvent", type=event, key=key, code=key, windowsVirtualKeyCode=code)
+
     def screenshot(self, file: Path, whole: bool = True) -> None:
         data = self._call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
         file.write_bytes(base64.b64decode(data))

@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from family_cases import CPU, TINY, tiny_config
+from torch._inductor import config as inductor
 
 from fastgan import export
 from fastgan.checkpoint import load_tensors, save_tensors
@@ -78,16 +79,23 @@ def test_a_file_that_disagrees_is_not_written(
 def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     weights = tmp_path / "g.safetensors"
     saved(weights, "dcgan")
+    (tmp_path / "a.onnx").mkdir()
     for argv, words in (
         ([weights, tmp_path / "g.pth"], ["g.pth", ".onnx or .pt2"]),
         ([weights, tmp_path / "gone" / "g.onnx"], ["gone", "no folder"]),
         ([tmp_path / "gone.safetensors", tmp_path / "g.onnx"], ["gone", "does not exist"]),
         ([weights, tmp_path / "g.onnx", "--precision", "bf16"], ["bf16", ".pt2"]),
         ([weights, tmp_path / "g.onnx", "--to", "a"], ["--to", "dcgan"]),
+        ([weights, tmp_path / "a.onnx"], ["a.onnx", "is a folder"]),
+        ([weights, "/proc/g.onnx"], ["/proc/g.onnx", "cannot be written"]),
     ):
         assert export.main([*map(str, argv)]) == 2
         err = capsys.readouterr().err
         assert len(err.splitlines()) == 1 and all(word in err for word in words), err
+    with inductor.patch({"cpp.cxx": ("no-compiler",)}):
+        assert export.main([str(weights), str(tmp_path / "g.pt2")]) == 2
+    err = capsys.readouterr().err
+    assert "install g++" in err and len(err.splitlines()) == 1
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     assert export.main([str(weights), str(tmp_path / "g.onnx")]) == 2
     assert "pip install 'fastgan[export]'" in capsys.readouterr().err
@@ -97,6 +105,21 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.undo()
     assert export.main([str(weights), str(tmp_path / "g.onnx")]) == 2
     assert "does not fit" in capsys.readouterr().err
+
+
+def test_a_package_may_be_read_by_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As any new file, and nothing else is left where it was written."""
+    G, _ = saved(tmp_path / "g.safetensors", "dcgan")
+
+    def compile(program: Any, path: Path, metadata: str) -> None:
+        path.write_bytes(b"compiled")
+
+    monkeypatch.setattr(export, "write_package", compile)
+    monkeypatch.setattr(export, "load_package", lambda path: G)
+    assert export.main([str(tmp_path / "g.safetensors"), str(tmp_path / "g.pt2"), "--device", "cpu"]) == 0
+    (tmp_path / "new").touch()
+    assert (tmp_path / "g.pt2").stat().st_mode == (tmp_path / "new").stat().st_mode
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["g.pt2", "g.safetensors", "new"]
 
 
 @pytest.mark.exhaustive

@@ -354,7 +354,7 @@ def test_bad_usage_is_one_line(options: list[str], said: str, capsys: pytest.Cap
 
 
 def test_doctor_finds_a_healthy_machine(capsys: pytest.CaptureFixture[str]):
-    assert COMMANDS["doctor"](["--device", "cpu"]) == 0
+    assert COMMANDS["doctor"][0](["--device", "cpu"]) == 0
     out = capsys.readouterr().out
     for said in (
         "torch 2",

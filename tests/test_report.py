@@ -4,10 +4,12 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from browser import CHROMIUM, Browser
 from family_cases import tiny_config
 from PIL import Image
@@ -132,6 +134,24 @@ def test_a_page_in_a_browser(browser: Browser, tmp_path: Path):
     assert_at_peace(browser)
 
 
+def test_a_page_by_keyboard(browser: Browser, tmp_path: Path):
+    """The slider, then past the three controls to the first curves."""
+    folder = make_run(tmp_path / "run")
+    report.write(folder)
+    browser.requests.clear()
+    browser.open(folder / "report.html")
+    for key in ("Tab", "ArrowLeft"):
+        browser.press(key)
+    assert text(browser, "#shown") == ["samples after 5 kimg"]
+    for key in ("Tab", "Tab", "Tab", "Tab", "ArrowLeft", "ArrowLeft", "ArrowLeft", "ArrowRight"):
+        browser.press(key)
+    assert text(browser, ".chart h3 span")[0] == "4 kimg"
+    assert text(browser, ".chart li")[1] == "loss g 4"
+    browser.press("Tab")
+    assert text(browser, ".chart h3 span")[0] == "6 kimg"
+    assert_at_peace(browser)
+
+
 def test_a_phone_and_the_dark(browser: Browser, tmp_path: Path):
     long = "x" * 300
     session = {"images": 0, "command": long, "environment": {"variables": long}, "folder": "/" + long}
@@ -192,6 +212,51 @@ def test_the_policy_admits_only_what_the_page_holds(tmp_path: Path):
     assert "http:" not in addresses and "https:" not in addresses and "url(" not in html
 
 
+def test_a_page_before_the_first_tick(browser: Browser, tmp_path: Path):
+    """Also its slider works: a run that went back to its start has grids, but no ticks."""
+    folder = make_run(tmp_path / "run", 0, grids=3)
+    report.write(folder)
+    browser.requests.clear()
+    browser.open(folder / "report.html")
+    turn(browser, "tick", "input", value=1)
+    assert text(browser, "#shown") == ["samples after 2 kimg"]
+    assert_at_peace(browser)
+
+
+def test_every_scale_can_be_read(browser: Browser, tmp_path: Path):
+    """From at least two numbers beside it, whatever the range."""
+    folder = make_run(tmp_path / "run", 2)
+    change_ticks(folder, **{f"metric_{i}": {0: 1.23, 1: 2.0 + i / 2} for i in range(40)})
+    report.write(folder)
+    browser.requests.clear()
+    browser.open(folder / "report.html")
+    numbers = "(svg) => svg.querySelectorAll('.rule').length"
+    counts = browser.run(f"[...document.querySelectorAll('svg')].map({numbers})")
+    assert len(counts) > 40 and min(counts) >= 2 and max(counts) <= 8
+    assert_at_peace(browser)
+
+
+def test_a_single_tick_can_be_seen(browser: Browser, tmp_path: Path):
+    folder = make_run(tmp_path / "run", 1)
+    report.write(folder)
+    browser.requests.clear()
+    browser.open(folder / "report.html")
+    style = "getComputedStyle(document.querySelector('.chart path.c0'))"
+    assert browser.run(f"[{style}.strokeLinecap, {style}.strokeWidth]") == ["round", "6px"]
+    assert_at_peace(browser)
+
+
+def test_a_long_value_leaves_its_option_readable(browser: Browser, tmp_path: Path):
+    """Names of options take one line each."""
+    folder = make_run(tmp_path / "run", 1, data="/a/long/folder/of/pictures" * 3)
+    report.write(folder)
+    browser.open(folder / "report.html", width=360)
+    lines = "(dt) => { const r = new Range(); r.selectNodeContents(dt); return r.getClientRects().length }"
+    counts = browser.run(f"[...document.querySelectorAll('dl:not(.long) dt')].map({lines})")
+    assert set(counts) == {1}
+    assert browser.run("document.documentElement.scrollWidth") == 360
+
+
 def test_a_long_run_makes_no_long_page(tmp_path: Path):
     """400 ticks with 24 grids, or 4,000 with 200: pages of like sizes."""
     sizes = []
@@ -207,6 +272,7 @@ def test_a_long_run_makes_no_long_page(tmp_path: Path):
         assert curve["kimg"][-1] == count
         assert np.mean(curve["y"]) == pytest.approx((count + 1) / 2)
     assert sizes[1] < 1.1 * sizes[0]
+    assert "4000 of 4000 kimg in 2h13m" in (tmp_path / "long" / "report.html").read_text()
 
 
 def test_a_large_picture_is_shrunk(tmp_path: Path):
@@ -248,7 +314,26 @@ def test_runs_beside_each_other(browser: Browser, tmp_path: Path, capsys: pytest
     assert_at_peace(browser)
 
 
-def test_a_run_that_has_just_begun_or_crashed(tmp_path: Path):
+def test_many_runs_of_unlike_lengths(browser: Browser, tmp_path: Path):
+    """Nine lines differ in colour or dashes; the readout starts where the longest run ends, not where the run
+    with most ticks does."""
+    runs = [make_run(tmp_path / str(i), 1 + i % 3) for i in range(8)]
+    longest = make_run(tmp_path / "long", 1)
+    change_ticks(longest, images={0: 9000})
+    report.main(
+        [*map(str, [*runs, longest, make_run(tmp_path / "new", 0)]), "--out", str(tmp_path / "all.html")]
+    )
+    browser.requests.clear()
+    browser.open(tmp_path / "all.html")
+    assert text(browser, ".chart h3 span")[0] == "9 kimg"
+    look = "(path) => [path.className.baseVal, getComputedStyle(path).stroke]"
+    looks = browser.run(f"[...document.querySelectorAll('.chart:first-child path')].map({look})")
+    assert len({tuple(look) for look in looks}) == len(looks) == 9
+    assert text(browser, "figcaption").count("last samples") == 9
+    assert_at_peace(browser)
+
+
+def test_a_run_that_has_just_begun_or_crashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     new = make_run(tmp_path / "new", 0)
     report.write(new)
     assert "No ticks yet" in (new / "report.html").read_text()
@@ -257,10 +342,32 @@ def test_a_run_that_has_just_begun_or_crashed(tmp_path: Path):
         file.write('{"images": 9')
     newest = torn / "samples" / "000003000.png"
     newest.write_bytes(newest.read_bytes()[:40])
+    damaged = torn / "samples" / "000002000.png"
+    before, at, after = damaged.read_bytes().partition(b"IDAT")
+    size = int.from_bytes(before[-4:], "big") - 6
+    damaged.write_bytes(before[:-4] + size.to_bytes(4, "big") + at + after)
     report.write(torn)
     html = (torn / "report.html").read_text()
     assert "3 of 3 kimg" in html
-    assert "000003000.png cannot be read" in html
+    assert "000003000.png cannot be read" in html and "000002000.png cannot be read (broken PNG" in html
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # twice as many are an error
+    report._embedded.cache_clear()
+    report.write(torn)
+    assert "000001000.png cannot be read (Image size (256 pixels) exceeds limit" in (
+        (torn / "report.html").read_text()
+    )
+
+
+def test_numbers_that_no_training_has_written(tmp_path: Path):
+    run, huge = make_run(tmp_path / "run", 2), 10**400
+    change_ticks(run, seconds={1: float("nan")})
+    log = (run / "metrics.jsonl").read_text()
+    for line in ({"images": huge}, {"images": 3000, "loss_d": huge}):
+        (run / "metrics.jsonl").write_text(log + json.dumps(line) + "\n")
+        report.write(run)
+        assert "2 of 2 kimg in 2s" in (run / "report.html").read_text()
+    (run / "sessions.jsonl").write_text(json.dumps({"images": huge}) + "\n")
+    assert report.read(run).sessions == []
 
 
 def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -310,6 +417,14 @@ def test_training_writes_it_and_says_how_it_was_started(tmp_path: Path, monkeypa
     assert command.replace("'", "&#x27;") in html
 
 
+def test_a_session_says_how_many_ranks_there_are():
+    for size in (1, 2):
+        ranks: Any = SimpleNamespace(size=size)
+        config, device = tiny_config("gan"), torch.device("cpu")
+        engine: Any = SimpleNamespace(images=0, device=device, config=config, ranks=ranks)
+        assert train.session(engine, "python")["environment"].get("ranks") == (None, "2")[size - 1]
+
+
 def test_tensorboard_goes_on_where_a_resumed_run_does(tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -325,6 +440,21 @@ def test_tensorboard_goes_on_where_a_resumed_run_does(tmp_path: Path):
     assert events.Scalars("loss_d")[-1].value == pytest.approx(last["loss_d"])
     with Image.open(tmp_path / "samples" / "000000032.png") as image:
         assert events.Images("samples")[-1].width == image.width
+
+
+def test_tensorboard_goes_back_where_a_run_does(tmp_path: Path):
+    """As after gradients that were not finite."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = run_folder.RunFolder(tmp_path, tiny_config("gan"))
+    folder.open_events(0)
+    for images, loss in ((8, 1.0), (16, 2.0), (24, 3.0)):
+        folder.log({"images": images, "loss_d": loss})
+    folder.rewind_log(8)
+    folder.log({"images": 16, "loss_d": 4.0})
+    folder.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss_d")] == [(8, 1.0), (16, 4.0)]
 
 
 def test_tensorboard_that_is_missing_is_missed_at_once(

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from fastgan import compiled, precompile, train
+from fastgan import __main__, compiled, precompile, train
 from fastgan.checkpoint import checkpoints, load_tensors
 from fastgan.config import PRESETS, Config, UsageError, build_networks, make_config
 from fastgan.engine import Engine
@@ -56,7 +56,7 @@ def finished(tmp_path: Path) -> Path:
 
 
 def test_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    finished = tmp_path / "run"
+    finished = tmp_path / "a run"
     assert run("stylegan", finished, 40) == 0
     names = {p.name for p in finished.iterdir()}
     assert names == {
@@ -92,7 +92,8 @@ def test_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert len(header.pop("checksum")) == 32
     assert header == {"config": config, "images": 40}
     out = capsys.readouterr().out
-    for said in ("images/s", "s/kimg", str(finished / "samples"), "python -m fastgan.generate --run", "left"):
+    more = f"python -m fastgan.generate --run '{finished}' --count"
+    for said in ("images/s", "s/kimg", str(finished / "samples"), more, "left"):
         assert said in out
 
 
@@ -159,19 +160,19 @@ def test_a_log_cut_off_by_a_crash_is_rewound(finished: Path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_save_and_resume(number: int, code: int, tmp_path: Path):
     options = [*TINY["stylegan"].split(), *SMALL.split(), "--kimg", "1000"]
-    command = [sys.executable, "-m", "fastgan.train", *options, "--run-dir", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "fastgan.train", *options, "--run-dir", str(tmp_path / "a run")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     while "kimg" not in (line := process.stdout.readline()):
         assert line, "the run ended before its first tick"
     process.send_signal(number)
-    assert "resumes" in process.communicate(timeout=60)[0]
+    assert f"--run-dir '{tmp_path / 'a run'}' resumes" in process.communicate(timeout=60)[0]
     assert process.returncode == code
-    images = int(checkpoints(tmp_path / "run" / "checkpoints")[-1].stem)
+    images = int(checkpoints(tmp_path / "a run" / "checkpoints")[-1].stem)
     assert images % 4 == 0
-    assert run("stylegan", tmp_path / "run", images + 8) == 0
+    assert run("stylegan", tmp_path / "a run", images + 8) == 0
     assert run("stylegan", tmp_path / "whole", images + 8) == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert_same_run(tmp_path / "whole", tmp_path / "a run")
 
 
 def test_old_checkpoints_go(tmp_path: Path):
@@ -197,7 +198,30 @@ def test_the_console_command(finished: Path, tmp_path: Path):
     assert subprocess.run([*command, "--count", "2"], capture_output=True).returncode == 0
     unknown = subprocess.run([sys.executable, "-m", "fastgan", "sing"], capture_output=True, text=True)
     assert unknown.returncode == 2
-    assert "train" in unknown.stderr
+    assert "sing" in unknown.stderr and "train" in unknown.stderr and len(unknown.stderr.splitlines()) == 1
+
+
+def test_every_command_is_listed_and_helps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fastgan(*argv: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastgan", *argv])
+        try:
+            code = __main__.main()
+        except SystemExit as end:  # argparse's, after --help
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    code, listed, err = fastgan("--help")
+    assert code == 0 and not err
+    assert fastgan() == (2, "", listed)
+    for name in [line.split()[0] for line in listed.splitlines()[2:]]:
+        code, out, _ = fastgan(name, "--help")
+        assert code == 0 and f"fastgan {name}" in out
+        assert "(default: )" not in " ".join(out.split())
+    files = Path(train.__file__).parent.glob("*.py")
+    assert set(__main__.COMMANDS) == {file.stem for file in files if "cli.Parser(" in file.read_text()}
 
 
 def folder_of_images(path: Path, *sizes: tuple[int, int]) -> Path:
