@@ -104,7 +104,9 @@ def parser() -> cli.Parser:
         help="an argument of the networks' constructors that tensors cannot tell, such as mbstd_group=2, "
         "conv_clamp=256 or slope=0.1; may be given again",
     )
-    p.add_argument("--network", choices=NETWORKS, help="convert this one alone (default: whichever there are)")
+    p.add_argument(
+        "--network", choices=NETWORKS, help="convert this one alone (default: whichever there are)"
+    )
     return p
 
 
@@ -169,8 +171,10 @@ def _is_own(path: Path) -> bool:
 def find(path: Path, kind: str | None = None, network: str | None = None) -> list[Found]:
     """All networks of that kind and sort, or of any, in the file."""
     if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise UsageError(f"{path} does not exist")
         try:
-            root: Any = load_tensors(path)[0]
+            root: Any = dict(sorted(load_tensors(path)[0].items(), key=_in_a_row))
         except (ValueError, OSError) as error:
             raise UsageError(f"{path} cannot be read: {error}") from None
     else:
@@ -201,6 +205,11 @@ def find(path: Path, kind: str | None = None, network: str | None = None) -> lis
                 if isinstance(key, str) and len(key) <= LONGEST_NAME and isinstance(item, dict | list | tuple)
             )
     return [f for f in found if network in (None, f.network)]
+
+
+def _in_a_row(item: tuple[str, Any]) -> list[str | int]:
+    """A key that puts layer 10 behind layer 2: safetensors are sorted as text, and dcgan's rows by place."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", item[0]))]
 
 
 def _named(place: tuple[str, ...]) -> str:
@@ -261,12 +270,13 @@ def _chosen(
     found: Sequence[Found],
     resolution: int | None,
     alpha: float | None,
-    network: str | None,
+    sort: str | None,
 ) -> dict[str, Found]:
     """One network of each sort, of one kind: averaged before others, the first before later ones."""
     if not found:
         raise UsageError(
-            f"{path} holds no {network or 'network'} that is known; kinds are {', '.join(KINDS)}, and --kind names one"
+            f"{path} holds no {sort or 'network'} that is known; kinds are {', '.join(KINDS)}, "
+            "and --kind names one"
         )
     chosen: dict[str, Found] = {}
     for network in sorted(found, key=lambda f: not AVERAGED.search(f.place)):
@@ -340,9 +350,7 @@ def _check_argument(key: str, value: Any, kind: Any) -> None:
         raise UsageError(f"--set {key} must be of type {wanted}: got {value!s:.40}")
 
 
-def _convert(
-    path: Path, chosen: Mapping[str, Found], name: str
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _convert(path: Path, chosen: Mapping[str, Found], name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors, in fp32 at least, and constructor arguments under our names."""
     network = chosen[name]
     state = _read(path, network.claims)

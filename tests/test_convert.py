@@ -17,6 +17,7 @@ import pytest
 import stylegan_pickles as pickles
 import torch
 from golden_cases import GOLDEN, Case, _index
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fastgan
@@ -790,6 +791,35 @@ def test_our_own_files_pass_through(tmp_path: Path):
     assert again.config == first.config and again.generator_options == first.generator_options
     assert first.generator is not None and again.generator is not None
     assert all(torch.equal(first.generator[k], again.generator[k]) for k in first.generator)
+
+
+def test_one_network_alone(tmp_path: Path, capsys):
+    """Loading looks at no other network than the one wanted; --network converts one of two."""
+    G, D = named("rosinality_nets/G0"), named("rosinality_nets/D0")
+    strange = {**peer_state(D), "convs.0.0.weight": torch.ones(5, 3, 1, 1)}
+    src = tmp_path / "odd.pt"
+    torch.save({"g_ema": peer_state(G), "d": strange, "latent_avg": torch.zeros(8)}, src)
+    said = refused(src, capsys)
+    assert "d of " in said and said.endswith("and --network generator takes that one alone\n")
+    check(converted(src, "--network", "generator"), G)
+    assert fastgan.load(src, device="cpu").config.arch == "stylegan"
+    with pytest.raises(UsageError, match="cannot be one that is known"):
+        fastgan.load(src, "discriminator", "cpu")
+    ours = src.with_suffix(".safetensors")
+    assert "holds no discriminator" in refused(ours, capsys, "--network", "discriminator")
+    with pytest.raises(UsageError, match="network must be generator or discriminator: got 'both'"):
+        fastgan.load(src, "both")
+    src = GOLDEN / "checkpoints" / "rosinality_public0.pt"
+    assert convert.main([str(src), str(ours), "--network", "discriminator"]) == 0
+    check(ours, D)
+    assert read_own(ours).generator is None
+
+
+def test_a_public_state_dict_as_safetensors_is_loaded(tmp_path: Path):
+    case = named("dcgan_nets/G0_eval")
+    save_file(peer_state(case), tmp_path / "netG.safetensors")
+    z = case.tensor("in.z").float()
+    case.check("out.y", fastgan.load(tmp_path / "netG.safetensors", device="cpu")(z), tol=2e-5)
 
 
 def test_what_the_command_prints(tmp_path: Path, capsys):

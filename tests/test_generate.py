@@ -635,7 +635,7 @@ def test_bad_files(files: dict[str, Path], tmp_path: Path, capsys: pytest.Captur
     assert "broken.safetensors" in attempt("--weights", str(broken), "--out", out)
     strange = tmp_path / "strange.safetensors"
     outputs.save_safetensors(strange, 1, [np.zeros((1, 8, 8, 3), np.uint8)], None)
-    assert "no config" in attempt("--weights", str(strange), "--out", out)
+    assert "no generator that is known" in attempt("--weights", str(strange), "--out", out)
     misfit = dataclasses.replace(networks(tiny_config("gan")), config=tiny_config("gan", ngf=4))
     write_own(tmp_path / "misfit.safetensors", misfit)
     assert "main.0.weight is [4, 8]" in attempt(

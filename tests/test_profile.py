@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan import doctor, estimate, limit, nvml, profile, scaling
-from fastgan.__main__ import COMMANDS
 from fastgan.config import build_networks, make_config, resolve_device
 from fastgan.engine import Engine
 from fastgan.estimate import DEVICES, Device, Meter
@@ -354,7 +353,7 @@ def test_bad_usage_is_one_line(options: list[str], said: str, capsys: pytest.Cap
 
 
 def test_doctor_finds_a_healthy_machine(capsys: pytest.CaptureFixture[str]):
-    assert COMMANDS["doctor"][0](["--device", "cpu"]) == 0
+    assert doctor.main(["--device", "cpu"]) == 0
     out = capsys.readouterr().out
     for said in (
         "torch 2",
