@@ -507,7 +507,11 @@ def roll_back(engine: Engine, folder: RunFolder | None, trouble: Trouble, progre
     config, retries, failed = engine.config, engine.retries + 1, engine.images
     files = checkpoints(folder.path / "checkpoints") if folder else []
     if config.on_nan == "stop" or retries > RETRIES:
-        raise UsageError(diagnosis(trouble, config, engine.retries, str(files[-1]) if files else None))
+        said = diagnosis(trouble, config, engine.retries, str(files[-1]) if files else None)
+        if folder:
+            folder.log({"images": trouble.images, "warning": f"stopped: {said}"})
+            report.write(folder.path)
+        raise UsageError(said)
     if checkpoint := load_shared_checkpoint(folder, engine.ranks, progress.say):
         engine.load_state(*checkpoint)
         engine.retries = retries

@@ -239,8 +239,16 @@ def test_a_run_that_never_recovers_stops_with_a_diagnosis(
     state = newest(half)
     assert all(torch.isfinite(t).all() for t in state.values())
     assert state["retries"] == 3
+    # Who looks at the report alone is told as well.
+    lines = [json.loads(line) for line in (half / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["images"] == 28 and "3 other draws" in lines[-1]["warning"]
+    assert "0.028 kimg: stopped: D&#x27;s gradients" in (half / "report.html").read_text()
     assert run("dcgan", half, 40) == 2  # and again, at once
     assert "other draws" in capsys.readouterr().err
+    assert (half / "metrics.jsonl").read_text().count("stopped") == 1
+    monkeypatch.undo()
+    assert run("dcgan", half, 40) == 0  # once it is mended
+    assert "stopped" not in (half / "metrics.jsonl").read_text()
 
 
 def test_on_nan_stop(half: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
