@@ -127,6 +127,22 @@ def test_bf16_convolutions_keep_images_in_fp32():
     assert images.dtype == D(images).dtype == torch.float32
 
 
+def test_bf16_keeps_faint_noise_on_the_constant():
+    """It is normalised, so what is left of it after rounding would be the whole picture."""
+    torch.manual_seed(0)
+    exact, rounded = (
+        stylegan1.Synthesis(6, 8, 3, channel_base=64, channel_max=8, dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    for layer in exact.layers:
+        nn.init.constant_(layer.noise_strength, 0.002)
+    rounded.load_state_dict(exact.state_dict())
+    ws = torch.randn(16, exact.num_ws, 6)
+    with torch.no_grad():
+        images, off = exact(ws), rounded(ws) - exact(ws)
+    assert off.square().mean() < (0.05 * images).square().mean()
+
+
 def test_what_cannot_be_built_says_why():
     for build in (stylegan1.Generator, stylegan1.Discriminator):
         with pytest.raises(ValueError, match=r"power of two.*48"):

@@ -96,12 +96,14 @@ class Synthesis(nn.Module):
 
     def forward(self, ws: Tensor, noise: Tensor | str = "const") -> Tensor:
         """`noise`: "const" (each layer's own buffer), "none", or unit normal numbers [N, noise_size]."""
-        x = self.const.to(self.dtype or ws.dtype).expand(ws.shape[0], -1, -1, -1)
+        x = self.const.expand(ws.shape[0], -1, -1, -1)
         x = x.contiguous(memory_format=torch.channels_last)
         for layer, w, n in zip(
             self.layers, ws.unbind(1), layer_noises(list(self.layers), noise), strict=True
         ):
-            x = layer(x, w, n)
+            # The first, of the constant, is in fp32: bf16 rounds faint noise on numbers near one away, and AdaIN
+            # makes what is left as large as any map.
+            x = layer(x, w, n).to(self.dtype or ws.dtype)
         return self.torgb(x).to(ws.dtype)
 
 
