@@ -101,8 +101,8 @@ class Synthesis(nn.Module):
         for layer, w, n in zip(
             self.layers, ws.unbind(1), layer_noises(list(self.layers), noise), strict=True
         ):
-            # The first, of the constant, is in fp32: bf16 rounds faint noise on numbers near one away, and AdaIN
-            # makes what is left as large as any map.
+            # The first, of the constant, is in fp32: bf16 rounds faint noise on numbers near one away, and
+            # AdaIN makes what is left as large as any map.
             x = layer(x, w, n).to(self.dtype or ws.dtype)
         return self.torgb(x).to(ws.dtype)
 
