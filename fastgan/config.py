@@ -407,7 +407,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "channel_max": 64,
         "g_lr": 0.004,
         "d_lr": 0.004,
-        "r1": 0.4,
+        "r1": 1.0,
         "ema_kimg": 2.0,
         "kimg": 100.0,
     },
