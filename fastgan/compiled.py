@@ -17,9 +17,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from fastgan import losses
+from fastgan.config import UsageError
 
 # A phase that runs at every step is compiled at once. A rare one runs eagerly until it has run this often, by
 # when compiling it would have paid for itself (README, "Compile time"). Which runs are compiled is a function
@@ -27,8 +30,18 @@ from fastgan import losses
 EAGER_RUNS_OF_A_RARE_PHASE = 3000
 
 
+def check_compiler(what: str) -> None:
+    """UsageError where there is no C++ compiler, which `what` needs."""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise UsageError(f"{what} needs a C++ compiler: install g++ or clang, or set CXX") from None
+
+
 def compile_phase(phase: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """`phase` as a single graph; an error says what keeps it from being one."""
+    if device.type == "cpu":
+        check_compiler("--compile on a CPU")
     torch._dynamo.config.trace_autograd_ops = True
     if not losses.TRACES_LEAVES:
         losses.zero = torch.zeros((), device=device, requires_grad=True)

@@ -28,12 +28,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
 from torch._library.custom_ops import OPDEFS
 
 from fastgan import cli, pretrained
 from fastgan.checkpoint import write
+from fastgan.compiled import check_compiler
 from fastgan.config import Config, UsageError
 from fastgan.engine import one_hot
 
@@ -78,10 +77,7 @@ def _main(argv: Sequence[str] | None) -> int:
             if importlib.util.find_spec(package) is None:
                 raise UsageError(f"exporting to ONNX needs {package}: pip install 'fastgan[export]'")
     else:
-        try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler:
-            raise UsageError("a .pt2 is compiled by a C++ compiler: install g++, or set CXX") from None
+        check_compiler("a .pt2")
     networks = pretrained.read(args.run)
     config = dataclasses.replace(networks.config, precision=args.precision)
     networks = dataclasses.replace(networks, config=config)

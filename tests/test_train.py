@@ -17,8 +17,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from torch._inductor import config as inductor
 
-from fastgan import __main__, compiled, precompile, train
+from fastgan import __main__, compiled, export, generate, precompile, train
 from fastgan.checkpoint import checkpoints, load_tensors
 from fastgan.config import PRESETS, Config, UsageError, build_networks, make_config
 from fastgan.engine import Engine
@@ -262,6 +263,17 @@ def test_bad_options(options: str, words: list[str], tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_compiler_is_one_line(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    trained, out = str(finished), tmp_path / "out"
+    with inductor.patch({"cpp.cxx": ("/nowhere/g++",)}):
+        assert run("dcgan", out, 8, "--compile") == 2
+        assert_one_line(capsys, "--compile on a CPU needs a C++ compiler", "g++")
+        assert generate.main(["--run", trained, "--compile", "--out", str(out)]) == 2
+        assert_one_line(capsys, "--compile on a CPU needs a C++ compiler", "g++")
+        assert export.main([trained, f"{out}.pt2"]) == 2
+        assert_one_line(capsys, "a .pt2 needs a C++ compiler", "g++")
+
+
 def test_cuda_where_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert run("stylegan", tmp_path / "run", 8, "--device", "cuda") == 2
     assert_one_line(capsys, "--device cuda", "--device cpu")
